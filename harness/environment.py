@@ -1,0 +1,175 @@
+"""The machine: what a run may use of it, and what a record must say about it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ConfigError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "lm-eval",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "pandas",
+    "wandb",
+    "datasets",
+    "gguf",
+    "vllm",
+    "compressed-tensors",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run uses of a machine.
+
+    name: the name of the configuration, part of every record ("cpu", "h100").
+    device: torch device string.
+    threads: CPU threads for torch; None takes the cores this process may run on.
+    scoring_dtype: arithmetic of quality measurements and of compression.
+    decoding_dtype: arithmetic of speed measurements; "auto" takes bfloat16 where the device has it natively.
+    compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.
+    """
+
+    name: str
+    device: str = "cpu"
+    threads: int | None = None
+    scoring_dtype: str = "float32"
+    decoding_dtype: str = "auto"
+    compress_seconds_limit: float = 14400
+    evaluate_seconds_limit: float = 14400
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("scoring_dtype", DTYPES), ("decoding_dtype", (*DTYPES, "auto"))):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(f"hardware.{field}={value}: choose one of {', '.join(allowed)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"hardware.threads={self.threads}: must be at least 1, or null for all cores")
+
+    @property
+    def thread_count(self) -> int:
+        """Threads torch may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def resolved_decoding_dtype(self) -> str:
+        """`decoding_dtype` with "auto" replaced by what this device does natively."""
+        if self.decoding_dtype != "auto":
+            return self.decoding_dtype
+        if self.device.startswith("cuda"):
+            return "bfloat16"
+        return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+    def check_device(self) -> None:
+        """Raise ConfigError when the device is not there."""
+        import torch
+
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                f"hardware={self.name} needs a CUDA device and torch sees none; use hardware=cpu, "
+                "or install a CUDA build of torch"
+            )
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The hardware itself, as far as it can be read without loading torch."""
+    return {
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "architecture": platform.machine(),
+        "gpus": _gpu_names(),
+    }
+
+
+def machine_fingerprint() -> str:
+    """A short digest of what decides speed: processor, cores and GPUs. Memory size is left out: it varies by boot."""
+    parts = machine()
+    key = f"{parts['processor']}|{parts['cores']}|{parts['architecture']}|{parts['gpus']}"
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
+def _processor_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of every installed package that may touch a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(root: Path) -> dict[str, Any]:
+    """Git commit of the project and whether the tree differs from it; empty outside a checkout."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": revision, "dirty": bool(changes)}
+
+
+def load_average() -> float | None:
+    """Load of the last minute: foreign work shows up here."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None

@@ -1,0 +1,156 @@
+"""What a run leaves behind: measurements with their protocol, and one JSON record per run.
+
+A record is written atomically (temporary file, flush, rename), so a reader never sees half of one.
+A number that was not measured is None in Python, null in JSON and an empty cell in a table; never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with all that is needed to read it alone.
+
+    metric: name from the field, e.g. `perplexity`, `time_per_output_token_ms` (units end the name where it has one).
+    value: the number; None when it could not be measured (then `note` says why).
+    unit: e.g. "ppl", "nats/token", "ms", "tokens/s", "bytes", "bits".
+    on: the protocol and the workload, e.g. "wikipedia-sample evaluation, gptq-512, 16 windows" or
+        "batch 1, prompt 128, 32 new". Two numbers compare only when metric and `on` are equal.
+    better: which direction is better.
+    interval: 95 % interval; None means not estimated, never a stand-in number.
+    note: what else a reader must know: the kernel that ran, why a value is missing, a flag such as "collapsed".
+    """
+
+    metric: str
+    value: float | None
+    unit: str
+    on: str
+    better: Better
+    interval: tuple[float, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result: the stage that ended and the reason, in words a user can act on."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything about one run. Field names are stable: scripts outside this project rely on them."""
+
+    id: str  # digest of the resolved configuration
+    status: Literal["finished", "failed"]
+    card: dict[str, Any]  # name, title, taxonomy, paper, departures
+    model: str
+    bits: float | None  # as asked for; None where the method has no bit-width
+    config: dict[str, Any]  # resolved: method, model, hardware, corpus, calibration, evaluation, seed
+    measurements: list[Measurement] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    artifact: dict[str, Any] = field(default_factory=dict)  # path, bytes, sha256
+    failure: Failure | None = None
+    baseline: str | None = None  # id of the dense record that this one was compared with
+    samples: str | None = None  # folder with token and question outcomes, relative to the results folder
+    command: str = ""
+    started: str = ""  # ISO 8601, UTC
+    finished: str = ""
+    schema: int = SCHEMA
+
+    def value(self, metric: str, on: str | None = None) -> float | None:
+        """The value of the first measurement with this metric (and `on`), or None."""
+        found = self.find(metric, on)
+        return found.value if found else None
+
+    def find(self, metric: str, on: str | None = None) -> Measurement | None:
+        """The first measurement with this metric (and, if given, exactly this `on`)."""
+        return next((m for m in self.measurements if m.metric == metric and (on is None or m.on == on)), None)
+
+
+def to_json(record: RunRecord) -> dict[str, Any]:
+    """The record as plain JSON values. NaN and infinity are not numbers JSON has: they become null."""
+    return _finite(asdict(record))
+
+
+def from_json(data: dict[str, Any]) -> RunRecord:
+    """The inverse of `to_json`.
+
+    Raises ValueError for a record of another schema, naming both versions.
+    """
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        raise ValueError(f"record has schema {schema}; this version reads schema {SCHEMA}")
+    fields = dict(data)
+    fields["measurements"] = [
+        Measurement(**{**m, "interval": tuple(m["interval"]) if m.get("interval") else None})
+        for m in data.get("measurements", [])
+    ]
+    fields["failure"] = Failure(**data["failure"]) if data.get("failure") else None
+    return RunRecord(**fields)
+
+
+def write_record(record: RunRecord, path: Path) -> Path:
+    """Write the record atomically to `path` and return it."""
+    write_json_atomically(to_json(record), path)
+    return path
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read one record. Raises ValueError, naming the file, when it is not a record."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a record this version can read: {error}") from error
+
+
+def read_records(results: Path) -> Iterator[tuple[Path, RunRecord]]:
+    """Every record below `results/records`, sorted by path."""
+    for path in sorted((results / "records").glob("*/*.json")):
+        yield path, read_record(path)
+
+
+def write_json_atomically(data: Any, path: Path) -> None:
+    """Write JSON so that `path` is either the old file or the whole new one, also after a crash."""
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomically(text, path)
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    """Write text so that `path` is either the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
