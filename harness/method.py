@@ -39,6 +39,7 @@ class LanguageModel:
     module: nn.Module  # owns every stored byte; a transformers *ForCausalLM
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
+    storage_dtype: torch.dtype = torch.float16  # 16-bit type of everything that is stored uncompressed, and of scales
 
 
 class Progress(Protocol):
