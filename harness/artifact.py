@@ -1,0 +1,251 @@
+"""A compressed model on disk and back.
+
+A folder in the layout that transformers and vLLM read: `model.safetensors` (never pickle), `config.json`, the
+tokenizer's files; plus `harness.json`, which says how to rebuild the layers that are not plain linears. Where every
+compressed layer can be said in compressed-tensors' format, `config.json` says it, and those programs load the folder
+with their own kernels.
+
+What is measured is always such a folder, loaded again: nothing that a method keeps only in memory counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import RunError
+from harness.records import write_json_atomically
+from harness.wheels import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from harness.method import LanguageModel
+
+DESCRIPTION = "harness.json"
+MAXIMUM_SHARD_BYTES = 5 * 2**30
+TRUSTED_PREFIX = "methods."  # the only code that a description may name
+
+
+def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
+    """Write the model to `folder` so that it appears there whole or not at all; return its description.
+
+    Uncompressed parameters are stored in `lm.storage_dtype`, a 16-bit type: a dense model counts 16 bits a weight.
+    Raises RunError when the disk is full.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    from methods.blocks import block_linears
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        replaced = {name: module for name, module in lm.module.named_modules() if hasattr(module, "spec")}
+        state = _state_to_store(lm, replaced)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        _require_space(partial, needed)
+        save_torch_state_dict(state, str(partial), max_shard_size=MAXIMUM_SHARD_BYTES, safe_serialization=True)
+        write_json_atomically(_config(lm, replaced), partial / "config.json")
+        if getattr(lm.module, "generation_config", None) is not None:
+            lm.module.generation_config.save_pretrained(partial)
+        lm.tokenizer.save_pretrained(partial)
+        linears = block_linears(lm.module)
+        description = {
+            "storage_dtype": str(lm.storage_dtype).removeprefix("torch."),
+            "linears": {name: [linear.out_features, linear.in_features] for name, linear in linears.items()},
+            "modules": {name: {"_target_": _path_of(module), **module.spec()} for name, module in replaced.items()},
+            "parameters": _dense_parameter_count(lm.module, replaced),
+        }
+        write_json_atomically(description, partial / DESCRIPTION)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"could not write the compressed model to {folder}: {error.strerror or error}; free space there, or put "
+            "results elsewhere with paths.results=DIR"
+        ) from error
+    return description
+
+
+def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
+    """The model in `folder`, uncompressed parameters in `dtype`, on `device`, in evaluation mode.
+
+    Raises RunError when a file is missing, torn or does not fit its description.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from harness.engines.transformers import TransformersEngine
+    from harness.method import LanguageModel
+
+    description = read_description(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # for other programs; our layers come from the description
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, spec in description["modules"].items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, _rebuild(name, spec))
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{file} is not a readable safetensors file ({error}); delete {folder} and run again") from error
+    stored = {name for name, spec in description["modules"].items()}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in stored:
+            state[name] = tensor.to(dtype)
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    module.tie_weights()
+    unset = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if unset or unexpected:
+        raise RunError(
+            f"{folder} does not hold this model: missing {unset[:3] or 'nothing'}, not expected "
+            f"{unexpected[:3] or 'nothing'}; delete it and run again"
+        )
+    module.requires_grad_(False).eval().to(device)
+    return LanguageModel(
+        module=module,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        engine=TransformersEngine(module),
+        storage_dtype=getattr(torch, description["storage_dtype"]),
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`harness.json` of an artifact. Raises RunError when the folder is not one."""
+    try:
+        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} is not a saved model of this harness: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an artifact, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weight files on disk."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of each stored tensor, read from the headers alone."""
+    sizes: dict[str, int] = {}
+    for file in weight_files(folder):
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[name] = end - begin
+    return sizes
+
+
+def sha256(folder: Path) -> str:
+    """One hash over the weight files and the description: what was measured."""
+    digest = hashlib.sha256()
+    for file in [*weight_files(folder), folder / DESCRIPTION]:
+        digest.update(file.name.encode())
+        digest.update(bytes.fromhex(file_sha256(file)))
+    return digest.hexdigest()
+
+
+def _state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Tensors to write: compressed layers as they are, everything else in the storage type, tied tensors once."""
+    tied = set(getattr(lm.module, "all_tied_weights_keys", None) or {})
+    state = {}
+    for name, tensor in lm.module.state_dict().items():
+        if name in tied:
+            continue
+        own = name.rpartition(".")[0] in replaced
+        if tensor.is_floating_point() and not own:
+            tensor = tensor.to(lm.storage_dtype)
+        state[name] = tensor.detach().to("cpu").contiguous()
+    return state
+
+
+def _config(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, Any]:
+    config = json.loads(lm.module.config.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(lm.module).__name__]
+    config["dtype"] = str(lm.storage_dtype).removeprefix("torch.")
+    schemes = {name: module.compressed_tensors_scheme() for name, module in replaced.items()}
+    if schemes and all(schemes.values()):
+        config["quantization_config"] = _compressed_tensors(lm.module, schemes)
+    return config
+
+
+def _compressed_tensors(module: nn.Module, schemes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors' pack-quantized format: one group per distinct scheme."""
+    from torch import nn
+
+    groups: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
+    dense = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": dense,
+        "config_groups": {
+            f"group_{index}": {"targets": ["Linear"] if len(groups) == 1 else names, "weights": json.loads(scheme)}
+            for index, (scheme, names) in enumerate(groups.items())
+        },
+    }
+
+
+def _dense_parameter_count(module: nn.Module, replaced: dict[str, nn.Module]) -> int:
+    """Parameters of the model as if nothing were packed; tied ones once."""
+    plain = sum(
+        parameter.numel()
+        for name, parameter in module.named_parameters()  # yields tied parameters once
+        if name.rpartition(".")[0] not in replaced
+    )
+    packed = 0
+    for child in replaced.values():
+        bias = getattr(child, "bias", None)
+        packed += child.weight_count + (bias.numel() if bias is not None else 0)
+    return plain + packed
+
+
+def _path_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _rebuild(name: str, spec: dict[str, Any]) -> nn.Module:
+    arguments = dict(spec)
+    path, _, class_name = arguments.pop("_target_").rpartition(".")
+    if not path.startswith(TRUSTED_PREFIX):
+        raise RunError(f"{name}: the saved model names {path}.{class_name}, which is not part of this project")
+    return getattr(importlib.import_module(path), class_name)(**arguments)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"the compressed model needs {needed / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB free; free "
+            "space there, or put results elsewhere with paths.results=DIR"
+        )
