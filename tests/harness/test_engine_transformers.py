@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import VOCABULARY, byte_tokenizer, causal_model, token_ids
+
+from harness.engines.transformers import TransformersEngine
+from harness.errors import RunError
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "gpt_neox": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 2},
+}
+
+
+def naive_losses(module, tokens):
+    """What score() must equal: the whole log-softmax of the module's own logits, at once."""
+    with torch.no_grad():
+        logits = module(input_ids=tokens).logits[:, :-1].float()
+    return -F.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_are_the_modules_own(kind):
+    module = causal_model(kind, **ARCHITECTURES[kind])
+    tokens = token_ids(2, 24)
+    torch.testing.assert_close(
+        TransformersEngine(module).score(tokens), naive_losses(module, tokens), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_logits_of_hidden_are_the_modules_own_even_where_capped_or_scaled(kind):
+    module = causal_model(kind, **ARCHITECTURES[kind])
+    engine, tokens = TransformersEngine(module), token_ids(1, 12)
+    hidden = engine.hidden(tokens)
+    torch.testing.assert_close(engine.logits(hidden[0]), module(input_ids=tokens).logits[0], rtol=1e-4, atol=1e-4)
+    other = causal_model(kind, seed=1, **ARCHITECTURES[kind])
+    own_head = copy.deepcopy(module.get_output_embeddings())
+    assert torch.equal(engine.logits(hidden[0], own_head), engine.logits(hidden[0]))
+    assert not torch.allclose(engine.logits(hidden[0], other.get_output_embeddings()), engine.logits(hidden[0]))
+
+
+def test_uniform_logits_lose_the_logarithm_of_the_vocabulary():
+    module = causal_model()
+    module.get_output_embeddings().weight.data.zero_()
+    losses = TransformersEngine(module).score(token_ids(2, 9))
+    torch.testing.assert_close(losses, torch.full((2, 8), float(torch.tensor(VOCABULARY).log())))
+
+
+def test_batch_size_and_padding_do_not_change_scores():
+    engine, tokens = TransformersEngine(causal_model()), token_ids(4, 40)
+    alone = torch.cat([engine.score(row[None]) for row in tokens])
+    torch.testing.assert_close(engine.score(tokens), alone, rtol=1e-4, atol=1e-5)
+    padded = torch.cat([tokens, torch.zeros(4, 7, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(engine.score(padded)[:, :39], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt", "bloom"])
+def test_generation_is_the_argmax_of_reading_everything_again(kind):
+    module = causal_model(kind, **ARCHITECTURES[kind])
+    tokens = token_ids(2, 11)
+    generated = torch.stack(list(TransformersEngine(module).generate(tokens, 6)), dim=1)
+    for _ in range(6):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, module(input_ids=tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, tokens[:, 11:])
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "bloom"])
+def test_rows_padded_at_their_start_generate_what_they_generate_alone(kind):
+    engine, tokens = TransformersEngine(causal_model(kind, **ARCHITECTURES[kind])), token_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :5] = False
+    together = torch.stack(list(engine.generate(tokens, 6, mask)), dim=1)
+    alone = torch.stack(list(engine.generate(tokens[:1, 5:], 6)), dim=1)
+    assert torch.equal(together[:1], alone)
+
+
+def test_generation_beyond_the_models_positions_is_refused():
+    engine = TransformersEngine(causal_model(max_position_embeddings=16))
+    with pytest.raises(RunError, match="16 positions"):
+        next(engine.generate(token_ids(1, 12), 5))
+
+
+def test_cache_bytes_are_two_vectors_per_layer_and_key_head():
+    engine = TransformersEngine(causal_model())  # 2 layers, 2 key-value heads of 8 channels
+    assert engine.kv_cache_bytes_per_token(torch.bfloat16) == 2 * 2 * 2 * 8 * 2
+    assert engine.kv_cache_bytes_per_token(torch.float32) == 2 * 2 * 2 * 8 * 4
+
+
+def test_preparing_casts_parameters_and_keeps_rotary_frequencies_and_ties():
+    module = causal_model(tie_word_embeddings=True)
+    engine = TransformersEngine(module)
+    frequencies = module.model.rotary_emb.inv_freq.clone()
+    engine.prepare("decoding", torch.bfloat16)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert torch.equal(module.model.rotary_emb.inv_freq, frequencies)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert engine.kernels() == "dense matmul, bfloat16"
+    with pytest.raises(ValueError, match="load it again"):
+        engine.prepare("scoring", torch.float32)
+
+
+def test_layers_that_prepare_themselves_are_not_cast():
+    class Prepared(torch.nn.Linear):
+        kernel = "made up"
+
+        def prepare(self, mode, dtype):
+            self.seen = (mode, dtype)
+
+    module = causal_model()
+    module.model.layers[0].mlp.up_proj = layer = Prepared(32, 64, bias=False)
+    engine = TransformersEngine(module)
+    engine.prepare("decoding", torch.bfloat16)
+    assert layer.seen == ("decoding", torch.bfloat16) and layer.weight.dtype == torch.float32
+    assert engine.kernels() == "made up, bfloat16"
+
+
+def test_the_byte_tokenizer_of_these_tests_is_lossless():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer("a é\n b")["input_ids"]) == "a é\n b"
