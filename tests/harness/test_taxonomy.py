@@ -8,7 +8,7 @@ import pytest
 
 from harness import taxonomy
 
-EVERY_NAME = """
+TYPED_NAMES = """
     dense rtn llm_int8 gptq awq owq spqr
     zeroquant zeroquant_v2 zeroquant_fp smoothquant omniquant fp8
     kbit_int kbit_float kbit_quantile kbit_dynamic nf4 fp4 q8bert qbert peqa qlora
@@ -17,12 +17,12 @@ EVERY_NAME = """
     meta_ict multitask_ict mt_cot teach_small fine_tune_cot specializing step_by_step socratic_cot scott pad
     teacher_intervention lion lamini
     paged_attention windowed_attention attention_sinks flash_attention speculative_decoding
-""".split()
+"""
 
 
 def test_every_system_is_named_exactly_once():
     names = [taxonomy.DENSE.name, *(system.name for table in taxonomy.TABLES for system in table.systems)]
-    assert sorted(names) == sorted(EVERY_NAME)
+    assert sorted(names) == sorted(TYPED_NAMES.split())
     assert len(names) == len(set(names)) == len(taxonomy.SYSTEMS)
 
 
