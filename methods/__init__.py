@@ -1,0 +1,1 @@
+"""Methods that make a language model cheaper to run: one file per system, shared mathematics beside them."""
