@@ -1,0 +1,61 @@
+# make demo: the main job on a small real model.  make test: the tests.  Both set up what they need.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+TABLES := 1 2 3 4
+
+.PHONY: help setup demo test test-real test-all lint format tables $(TABLES:%=table-%) clean
+
+help:
+	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
+	@echo "make test        the fast tests: no network, no GPU"
+	@echo "make test-real   the tests on the real model"
+	@echo "make tables      every table, from the records in results/"
+	@echo "make table-1     run what table I needs and print it"
+	@echo "make lint        ruff: rules and format"
+	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
+
+setup: $(VENV)/.ready
+
+# torch first and by itself: a plain "torch" would fetch a newer build than the tested one
+$(VENV)/.ready: pyproject.toml
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(RUN) -m harness -m method=awq,gptq bits=3,4 model=smollm2-135m-gguf hardware=cpu evaluation=quick
+
+test: setup
+	$(RUN) -m pytest -m "not real_model"
+
+test-real: setup
+	$(RUN) -m pytest -m real_model
+
+test-all: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+tables: setup
+	$(RUN) -m harness.tables all
+
+table-1: setup
+	$(RUN) -m harness experiment=table_1 evaluation=quick
+	$(RUN) -m harness.tables table_1
+
+table-2 table-3 table-4: setup
+	$(RUN) -m harness.tables table_$(@:table-%=%)
+
+clean:
+	rm -rf results/scratch
