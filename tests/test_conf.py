@@ -1,0 +1,165 @@
+"""Every option of every group composes and can be built; methods differ in nothing but themselves."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from harness import run
+from harness.cli import GROUPS, one_line, options, resolve
+from harness.errors import ConfigError
+from harness.run import CONF, make
+
+METHODS = options("method")
+COMPRESSING = [name for name in METHODS if name != "dense"]
+
+
+def configuration(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*overrides, "hydra.mode=RUN"], return_hydra_config=False)
+
+
+def resolved(*overrides: str) -> dict:
+    return resolve(configuration(*overrides))[0]
+
+
+@pytest.mark.parametrize("group", list(GROUPS))
+def test_every_option_says_what_it_is_in_one_line(group):
+    assert options(group)
+    for name in options(group):
+        assert 10 < len(one_line(group, name)) < 160, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_composes_and_builds(method):
+    config = resolved(f"method={method}")
+    parts = run.build(config)
+    assert hasattr(parts.method, "compress")
+    assert config["card"]["name"] == method
+    assert {"title", "taxonomy", "paper", "bits", "calibrates", "departures", "version"} <= set(config["card"])
+
+
+@pytest.mark.parametrize("model", [name for name in options("model") if name != "local"])
+def test_every_model_composes_and_builds(model):
+    section = resolved(f"model={model}")["model"]
+    assert make(section, "model").name == section["name"] == model
+
+
+@pytest.mark.parametrize("random_model", [name for name in options("model") if name.startswith("random-")])
+def test_random_models_have_a_shape_that_transformers_knows(random_model):
+    from transformers import AutoConfig
+
+    section = resolved(f"model={random_model}")["model"]
+    config = AutoConfig.for_model(section["architecture"], **section["shape"])
+    for field, value in section["shape"].items():
+        assert getattr(config, field) == value, field
+
+
+@pytest.mark.parametrize("hardware", options("hardware"))
+def test_every_hardware_composes(hardware):
+    section = resolved(f"hardware={hardware}")["hardware"]
+    assert make(section, "hardware", {"_target_": "harness.environment.Hardware"}).name == hardware
+
+
+@pytest.mark.parametrize("evaluation", options("evaluation"))
+def test_every_evaluation_builds_probes(evaluation):
+    parts = run.build(resolved(f"evaluation={evaluation}"))
+    assert {probe.stage for probe in parts.probes} <= {"evaluate", "time"}
+
+
+@pytest.mark.parametrize("corpus", [name for name in options("corpus") if not name.startswith("text")])
+def test_every_corpus_builds(corpus):
+    assert run.build(resolved(f"corpus={corpus}")).corpus.name == corpus
+
+
+@pytest.mark.parametrize("calibration", options("calibration"))
+def test_every_calibration_builds(calibration):
+    config = resolved(f"calibration={calibration}")
+    assert run.build(config).corpus.samples == config["calibration"]["samples"]
+
+
+@pytest.mark.parametrize("grid", options("grid"))
+def test_every_grid_composes_into_a_method(grid):
+    config = resolved("method=rtn", f"grid@method.grid={grid}", "bits=3")
+    assert config["method"]["grid"]["bits"] == 3
+    run.build(config)
+
+
+@pytest.mark.parametrize("tracker", options("tracker"))
+def test_every_tracker_builds(tracker):
+    assert hasattr(make(resolved(f"tracker={tracker}")["tracker"], "tracker"), "log")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_and_sweeps_over_known_names(experiment):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
+    params = OmegaConf.to_container(cfg.hydra.sweeper.params) if cfg.hydra.sweeper.params else {}
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    names = str(params.get("method", ""))
+    if "(" not in names:
+        assert set(names.split(",")) <= set(METHODS)
+
+
+def test_changing_the_method_changes_nothing_else():
+    """Equal terms: calibration, text, evaluation, seed and grid come from shared configuration."""
+    first, *others = [resolved(f"method={name}", "bits=3") for name in COMPRESSING]
+    for config in others:
+        for section in set(first) - {"method", "card"}:
+            assert config[section] == first[section], (config["card"]["name"], section)
+        if "grid" in first["method"] and "grid" in config["method"] and not config["card"]["departures"]:
+            assert config["method"]["grid"] == first["method"]["grid"], config["card"]["name"]
+
+
+def test_the_shared_grid_is_the_same_for_all_integer_methods():
+    grids = [resolved(f"method={name}")["method"].get("grid") for name in ("rtn", "gptq", "awq")]
+    assert grids[0] == grids[1] == grids[2]
+
+
+def test_a_sweep_axis_that_a_method_does_not_read_is_one_run():
+    three, four = (resolved("method=dense", f"bits={bits}") for bits in (3, 4))
+    assert run.identity(three) == run.identity(four)
+
+
+def test_what_calibrates_depends_on_the_calibration_and_what_does_not_does_not():
+    def digest(method, samples):
+        return run.digest_of(run.identity(resolved(f"method={method}", f"calibration.samples={samples}")))
+
+    assert digest("rtn", 4) == digest("rtn", 8)
+    assert digest("dense", 4) == digest("dense", 8)
+    assert digest("gptq", 4) != digest("gptq", 8)
+
+
+def test_changing_the_evaluation_does_not_compress_again():
+    quick, smoke = (run.identity(resolved("method=gptq", f"evaluation={name}")) for name in ("quick", "smoke"))
+    assert quick != smoke
+    assert run.compression_identity(quick) == run.compression_identity(smoke)
+
+
+def test_changing_one_calibration_value_does():
+    few, many = (run.identity(resolved("method=gptq", f"calibration.samples={n}")) for n in (4, 8))
+    assert run.compression_identity(few) != run.compression_identity(many)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=rtn", "bits=9"], r"bits.*9.*2"),
+        (["method=rtn", "bits=three"], "bits"),
+        (["method=gptq", "method.damping=-1"], "damping"),
+        (["method=gptq", "+method.dampling=1"], "dampling"),
+        (["calibration.samples=0"], r"samples=0"),
+        (["hardware.scoring_dtype=int3"], "scoring_dtype=int3"),
+        (["corpus=text", "corpus.path=/nowhere.txt"], "nowhere.txt"),
+        (["model=local", "model.path=/nowhere"], "nowhere"),
+        (["hardware=h100"], "CUDA"),
+    ],
+)
+def test_bad_values_are_refused_by_build_with_the_value_in_the_message(overrides, message):
+    import torch
+
+    if overrides == ["hardware=h100"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=message):
+        run.build(resolved(*overrides))
