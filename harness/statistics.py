@@ -1,0 +1,120 @@
+"""Intervals and paired tests. Pure: arrays in, numbers out, every random draw from a generator that is handed in.
+
+Two arms of a comparison saw the same tokens and the same questions, so differences are taken before averages.
+All intervals are two-sided 95 %.
+"""
+
+from __future__ import annotations
+
+from math import comb, sqrt
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Interval = tuple[float, float]
+
+Z_95 = 1.959963984540054  # the normal quantile of 0.975
+RESAMPLES = 2000
+
+
+def block_means(values: ArrayLike, block: int, resamples: int, generator: np.random.Generator) -> NDArray:
+    """Means of moving-block bootstrap resamples: values [N, ...] -> [resamples, ...].
+
+    Neighbouring tokens share a context, so whole blocks of `block` consecutive values are drawn, at every
+    possible start (Künsch 1989), until they make up N values. The blocks wrap around the end (Politis and
+    Romano 1992), so that every value is equally likely to be drawn. A series no longer than a block is one block.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    count = len(values)
+    if not count:
+        raise ValueError("no values to resample")
+    block = min(block, max(1, count // 2))
+    extended = np.concatenate([np.zeros_like(values[:1]), values, values[: block - 1]]).cumsum(0)
+    sums = extended[block:] - extended[:-block]  # of the block that starts at each of the N places
+    starts = generator.integers(count, size=(resamples, max(1, round(count / block))))
+    return sums[starts].mean(1) / block
+
+
+def percentile_interval(resampled: ArrayLike) -> Interval:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(np.asarray(resampled), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """Interval of the mean of a series, by moving-block bootstrap."""
+    return percentile_interval(block_means(values, block, resamples, generator))
+
+
+def perplexity_interval(
+    losses: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """Interval of exp(mean loss). Token losses in nats, in reading order; `block` is one window."""
+    low, high = mean_interval(losses, block, generator, resamples)
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def paired_difference_interval(
+    ours: ArrayLike, theirs: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """Interval of mean(ours - theirs) over the same tokens."""
+    return mean_interval(_paired(ours, theirs), block, generator, resamples)
+
+
+def paired_perplexity_ratio_interval(
+    ours: ArrayLike, theirs: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """Interval of perplexity(ours) / perplexity(theirs) over the same tokens: exp of the mean difference of losses."""
+    return perplexity_interval(_paired(ours, theirs), block, generator, resamples)
+
+
+def _paired(ours: ArrayLike, theirs: ArrayLike) -> NDArray:
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"paired values must match: {ours.shape} and {theirs.shape}")
+    return ours - theirs
+
+
+def mcnemar(only_ours: int, only_theirs: int) -> float:
+    """Exact two-sided p-value that two arms are equally good, given the questions that only one of them answered.
+
+    Under that hypothesis each such question fell either way with probability 1/2 (McNemar 1947, exact form).
+    """
+    discordant = only_ours + only_theirs
+    tail = sum(comb(discordant, k) for k in range(min(only_ours, only_theirs) + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def wilson_interval(successes: float, trials: int) -> Interval:
+    """Interval of a proportion (Wilson 1927); unlike the normal one it stays in [0, 1] and has a width at 0 and 1."""
+    if trials < 1:
+        raise ValueError("a proportion needs at least one trial")
+    share = successes / trials
+    spread = Z_95**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z_95 / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def median_interval(values: ArrayLike) -> Interval | None:
+    """Interval of the median between two order statistics: no assumption on the distribution.
+
+    The k-th smallest and k-th largest value enclose the median with probability 1 - 2 P(Binomial(n, 1/2) < k).
+    None below 6 values: even the extremes of 5 enclose it with 93.75 % only.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    count = len(ordered)
+    below, k = 0.0, 0  # below = P(Binomial(count, 1/2) < k)
+    while k < count and below + comb(count, k) / 2**count <= 0.025:
+        below += comb(count, k) / 2**count
+        k += 1
+    return (float(ordered[k - 1]), float(ordered[-k])) if k else None
+
+
+def relative_half_width(centre: float, interval: Interval | None) -> float:
+    """Half the width of an interval as a share of its centre; infinite where there is no interval."""
+    if interval is None or centre == 0:
+        return float("inf")
+    return (interval[1] - interval[0]) / 2 / abs(centre)

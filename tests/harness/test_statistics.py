@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+
+from harness import statistics
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def covered(interval, truth) -> bool:
+    return interval[0] <= truth <= interval[1]
+
+
+def correlated(rng, count: int, memory: float) -> np.ndarray:
+    """A series with mean 3 whose neighbours resemble each other, as token losses of one text do."""
+    noise, series = rng.normal(size=count), np.zeros(count)
+    for i in range(1, count):
+        series[i] = memory * series[i - 1] + noise[i]
+    return series + 3
+
+
+def test_the_mean_interval_covers_a_planted_mean_nineteen_times_in_twenty():
+    rng = generator()
+    hits = [covered(statistics.mean_interval(correlated(rng, 800, 0.8), 50, rng, 300), 3.0) for _ in range(200)]
+    assert 0.87 <= np.mean(hits) <= 0.99
+
+
+def test_blocks_of_one_miss_the_correlation_that_long_blocks_see():
+    series = correlated(generator(), 4000, 0.9)
+    short = statistics.mean_interval(series, 1, generator())
+    long = statistics.mean_interval(series, 200, generator())
+    assert long[1] - long[0] > 2 * (short[1] - short[0])
+
+
+def test_resampled_means_are_means_of_wrapped_blocks():
+    values, block = np.arange(6.0), 2
+    possible = {np.mean([(s, (s + 1) % 6) for s in starts]) for starts in product(range(6), repeat=3)}
+    means = statistics.block_means(values, block, 500, generator())
+    assert all(min(abs(m - p) for p in possible) < 1e-12 for m in means)
+    assert set(np.round(means, 6)) <= {round(p, 6) for p in possible}
+
+
+def test_block_means_of_columns_are_the_columns_block_means():
+    values = generator().normal(size=(60, 3))
+    together = statistics.block_means(values, 7, 50, generator(1))
+    alone = [statistics.block_means(values[:, c], 7, 50, generator(1)) for c in range(3)]
+    np.testing.assert_allclose(together, np.stack(alone, 1))
+
+
+def test_perplexity_of_constant_losses_is_known_exactly():
+    low, high = statistics.perplexity_interval(np.full(300, np.log(7.0)), 50, generator())
+    np.testing.assert_allclose([low, high], 7.0)
+
+
+def test_pairing_finds_a_small_planted_effect_that_separate_intervals_hide():
+    rng = generator()
+    dense = rng.normal(3, 2, size=4000)
+    worse = dense + rng.normal(0.02, 0.05, size=4000)
+    low, high = statistics.paired_difference_interval(worse, dense, 100, rng)
+    assert 0.01 < low < 0.02 < high < 0.03
+    ratio = statistics.paired_perplexity_ratio_interval(worse, dense, 100, rng)
+    assert 1.0 < ratio[0] < np.exp(0.02) < ratio[1]
+    a, b = (statistics.mean_interval(x, 100, rng) for x in (dense, worse))
+    assert a[1] > b[0]
+
+
+def test_one_seed_gives_one_answer():
+    values = generator().normal(size=500)
+    assert statistics.mean_interval(values, 20, generator(3)) == statistics.mean_interval(values, 20, generator(3))
+
+
+def test_unpaired_lengths_are_refused():
+    with pytest.raises(ValueError, match="must match"):
+        statistics.paired_difference_interval([1.0, 2.0], [1.0], 1, generator())
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (1, 0), (3, 9), (9, 3), (5, 5), (0, 12)])
+def test_mcnemar_is_the_probability_of_a_split_no_more_even(ours, theirs):
+    n = ours + theirs
+    observed = abs(ours - theirs)
+    brute = sum(comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= observed) / 2**n
+    assert statistics.mcnemar(ours, theirs) == pytest.approx(brute)
+
+
+def test_wilson_ends_solve_its_equation_and_stay_inside():
+    low, high = statistics.wilson_interval(37, 100)
+    for end in (low, high):  # the score test at the ends is exactly significant
+        assert abs(0.37 - end) / np.sqrt(end * (1 - end) / 100) == pytest.approx(statistics.Z_95)
+    assert statistics.wilson_interval(0, 50)[0] == 0.0 < statistics.wilson_interval(0, 50)[1]
+    assert statistics.wilson_interval(50, 50)[1] == 1.0
+
+
+def test_median_interval_covers_and_tightens():
+    rng = generator()
+    hits = [covered(statistics.median_interval(rng.exponential(size=31)), np.log(2)) for _ in range(1000)]
+    assert 0.94 <= np.mean(hits) <= 0.99
+    assert statistics.median_interval(range(5)) is None
+    assert statistics.median_interval(range(6)) == (0, 5)
+    assert statistics.median_interval(range(100)) == (39, 60)
+    assert statistics.relative_half_width(50, (39, 60)) == pytest.approx(0.21)
+    assert statistics.relative_half_width(50, None) == float("inf")
