@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
 from harness import artifact, wheels
+from harness.environment import available_memory_bytes
 from harness.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ class RandomModel:
         from harness.method import LanguageModel
 
         config = AutoConfig.for_model(self.architecture, **self.shape)
+        with torch.device("meta"):
+            _require_memory(self.name, AutoModelForCausalLM.from_config(config).num_parameters(), device, dtype)
         with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
             torch.manual_seed(self.seed)
             with torch.device(device):
@@ -211,6 +214,8 @@ def _load_folder(
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        stored = getattr(config.dtype, "itemsize", 2)
+        _require_memory(str(folder), artifact.stored_bytes(folder) // stored, device, dtype)
         module = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
@@ -250,3 +255,17 @@ def _convert_gguf(file: Path, storage_dtype: str) -> LanguageModel:
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
     return LanguageModel(module, tokenizer, TransformersEngine(module), getattr(torch, storage_dtype))
+
+
+def _require_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights alone cannot fit, before anything is read."""
+    import torch
+
+    needed = parameters * dtype.itemsize
+    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else available_memory_bytes()
+    if free is not None and needed > free:
+        raise RunError(
+            f"{name}: its {parameters / 1e9:.2f} billion weights need {needed / 2**30:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')} and {free / 2**30:.1f} GiB are free; use a smaller model, "
+            "hardware.scoring_dtype=bfloat16, or a machine with more memory"
+        )

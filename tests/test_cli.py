@@ -1,0 +1,252 @@
+"""The command line as a user meets it: help, typos, one run, a sweep, failures as rows, resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.cli import GROUPS, options
+from harness.records import read_records
+from harness.run import ROOT
+
+SETTINGS = [
+    "corpus=generated",
+    "calibration=smoke",
+    "evaluation=smoke",
+    "tracker=none",
+    "hardware.threads=1",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "harness", *arguments]
+
+
+def call(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def settings(trained_folder) -> list[str]:
+    return ["model=local", f"model.path={trained_folder}", *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def swept(settings, tmp_path_factory):
+    """One sweep that every test below looks at: three methods, two widths, two of them without a width to read."""
+    results = tmp_path_factory.mktemp("swept")
+    answer = call("-m", "method=dense,rtn,gptq", "bits=3,4", *settings, f"paths.results={results}")
+    return results, answer
+
+
+def states(results: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(results)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (results / "records").rglob("*.json")
+    }
+
+
+# ------------------------------------------------------------------------------------------------ before anything runs
+
+
+def test_help_lists_every_choice_without_loading_torch():
+    code = "import sys; sys.argv = ['harness', '--help']; import harness.cli as c; c.main(); print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.rstrip().endswith("False")
+    for group in GROUPS:
+        for name in options(group):
+            assert re.search(rf"^  {re.escape(name)} +\S", answer.stdout, flags=re.M), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["method=awqq"], ["unknown method 'awqq'", "Did you mean awq?", "gptq"]),
+        (["methd=awq"], ["unknown option 'methd'", "Did you mean method?"]),
+        (["-m", "method=rtn,gptqq"], ["unknown method 'gptqq'", "Did you mean gptq?"]),
+        (["evaluation=quik"], ["Did you mean quick?"]),
+    ],
+)
+def test_a_typo_gets_the_valid_names_and_the_nearest(arguments, messages):
+    answer = call(*arguments)
+    assert answer.returncode == 2
+    for message in messages:
+        assert message in answer.stderr
+
+
+def test_an_impossible_value_is_refused_and_leaves_nothing(settings, tmp_path):
+    answer = call("method=rtn", "bits=9", *settings, f"paths.results={tmp_path}")
+    assert answer.returncode == 2
+    assert "9" in answer.stderr
+    assert "bits" in answer.stderr
+    assert not (tmp_path / "records").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- a sweep
+
+
+def test_a_sweep_leaves_one_record_per_distinct_run(swept):
+    results, answer = swept
+    assert answer.returncode == 0, answer.stderr
+    found = sorted((record.card["name"], record.bits) for _, record in read_records(results))
+    # dense reads no bit-width: its two jobs are one run
+    assert found == sorted([("dense", None), ("rtn", 3), ("rtn", 4), ("gptq", 3), ("gptq", 4)])
+    assert all(record.status == "finished" for _, record in read_records(results))
+
+
+def test_every_compressed_run_names_its_baseline(swept):
+    records = {record.id: record for _, record in read_records(swept[0])}
+    for record in records.values():
+        if record.card["name"] == "dense":
+            assert record.baseline is None
+        else:
+            assert records[record.baseline].card["name"] == "dense"
+
+
+def test_quality_falls_with_bits_and_error_is_measured_against_dense(swept):
+    by_run = {(r.card["name"], r.bits): r for _, r in read_records(swept[0])}
+    dense = by_run["dense", None]
+    assert dense.value("kl_divergence") == 0
+    for method in ("rtn", "gptq"):
+        three, four = by_run[method, 3], by_run[method, 4]
+        assert dense.value("perplexity") < four.value("perplexity") < three.value("perplexity")
+        assert 0 < four.value("kl_divergence") < three.value("kl_divergence")
+        assert 1 > four.value("top1_agreement") > three.value("top1_agreement")
+    assert by_run["gptq", 3].value("kl_divergence") < by_run["rtn", 3].value("kl_divergence")
+
+
+def test_bits_are_counted_on_the_artifact(swept):
+    by_run = {(r.card["name"], r.bits): r for _, r in read_records(swept[0])}
+    assert by_run["dense", None].value("effective_bits_per_weight") == 16
+    for method in ("rtn", "gptq"):
+        for bits in (3, 4):
+            # 16-bit scale and a zero point of `bits` bits for each group of 64; shapes are stored too
+            floor = bits + (16 + bits) / 64
+            assert floor <= by_run[method, bits].value("effective_bits_per_weight") < floor + 0.6
+
+
+def test_a_record_says_everything_about_its_numbers(swept):
+    for _, record in read_records(swept[0]):
+        assert record.environment["versions"]["torch"]
+        assert record.environment["machine"]["processor"]
+        assert record.config["seed"] == 0
+        assert record.artifact["sha256"]
+        assert record.started <= record.finished
+        assert all(m.on and m.unit for m in record.measurements)
+        assert (swept[0] / record.samples).is_dir()
+
+
+def test_the_summary_shows_table_counts_and_place(swept):
+    results, answer = swept
+    assert "6 runs: " in answer.stdout
+    assert str(results / "records") in answer.stdout
+    for word in ("GPTQ", "RTN", "Dense"):
+        assert word in answer.stdout
+
+
+def test_a_second_sweep_only_prints(swept, settings):
+    results, _ = swept
+    before = states(results)
+    answer = call("-m", "method=dense,rtn,gptq", "bits=3,4", *settings, f"paths.results={results}")
+    assert answer.returncode == 0
+    assert "6 already recorded" in answer.stdout
+    assert states(results) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_failed_run_is_a_row_and_the_sweep_goes_on(settings, tmp_path):
+    arguments = ["-m", "method=rtn", "bits=4", "method.grid.group_size=64,48", *settings, f"paths.results={tmp_path}"]
+    answer = call(*arguments)
+    assert answer.returncode == 1
+    records = {record.config["method"]["grid"]["group_size"]: record for _, record in read_records(tmp_path)}
+    records_by_status = sorted(record.status for _, record in read_records(tmp_path) if record.card["name"] == "rtn")
+    assert records_by_status == ["failed", "finished"]
+    failed = records[48]
+    assert failed.failure.stage == "compress"
+    assert "48" in failed.failure.reason
+    assert "group_size" in failed.failure.reason
+    assert failed.measurements == []
+    assert "1 failed" in answer.stdout
+    # a failed run is tried again, a finished one is not
+    again = call(*arguments)
+    assert again.returncode == 1
+    assert "1 already recorded" in again.stdout
+
+
+def test_a_killed_sweep_resumes_without_repeating_what_is_finished(settings, tmp_path):
+    arguments = ["-m", "method=rtn,gptq", "bits=4", *settings, f"paths.results={tmp_path}"]
+    sweep = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + 240
+    while not states(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.communicate()
+    first = states(tmp_path)
+    assert first, "no record before the deadline"
+    answer = call(*arguments)
+    assert answer.returncode == 0, answer.stderr
+    after = states(tmp_path)
+    assert {path: after[path] for path in first} == first
+    assert sorted(r.card["name"] for _, r in read_records(tmp_path)) == ["dense", "gptq", "rtn"]
+    assert not list((tmp_path / "records").rglob("*.partial"))
+
+
+def test_a_killed_stage_ends_with_its_parent(settings, tmp_path):
+    """No process goes on computing for a sweep that was killed."""
+    sweep = subprocess.Popen(
+        command("method=rtn", *settings, f"paths.results={tmp_path}"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(6)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    deadline = time.monotonic() + 30
+    while _processes_of_session(sweep.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _processes_of_session(sweep.pid) == []
+
+
+def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
+    sweep = subprocess.Popen(
+        command("method=rtn", *settings, f"paths.results={tmp_path}"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(6)
+    os.killpg(sweep.pid, signal.SIGINT)
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    for file in (tmp_path / "records").rglob("*"):
+        assert file.is_dir() or json.loads(file.read_text())["status"] == "finished"
+
+
+def _processes_of_session(session: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # the process ended while we looked
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
