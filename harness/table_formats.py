@@ -1,0 +1,263 @@
+"""A table as text: the shape that every format is made from, and its Markdown, LaTeX and HTML.
+
+Cells hold text as it came; escaping is done here and nowhere before.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness import markup
+
+WIDTH = 118  # of the lines of prose in Markdown
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value.
+
+    interval, half_width: the same 95 % interval as "[19.0–20.6]" and as "±0.80"; Markdown has room for the latter.
+    sign: a mark explained in `Block.signs`. notes: numbers of `Block.notes`.
+    """
+
+    value: str = ""
+    interval: str = ""
+    half_width: str = ""
+    sign: str = ""
+    bold: bool = False
+    notes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells under the heads; a row with a `group` is a heading and has no cells."""
+
+    cells: tuple[Cell, ...] = ()
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that may be compared, with all that is needed to read them."""
+
+    title: str
+    protocol: tuple[str, ...]
+    heads: tuple[str, ...]
+    arrows: tuple[str, ...]  # "↓", "↑" or "" per head
+    rows: tuple[Row, ...]
+    signs: tuple[str, ...]  # what the signs in the cells mean
+    notes: tuple[str, ...]  # numbered from 1
+    absent: str = ""  # systems without a record
+    naming: int = 2  # leading columns that say which row it is
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any cell has one."""
+        return any(cell.interval for row in self.rows for cell in row.cells)
+
+
+# ---------------------------------------------------------------------------------------------------- Markdown
+
+
+def to_markdown(title: str, blocks: Sequence[Block], absent: str = "", width: int = 160) -> str:
+    """Markdown that is readable as it stands: cells are padded, prose is wrapped, wide tables are split.
+
+    width: characters that a line of a table may have, if its columns allow.
+    """
+    parts = [f"## {markup.markdown(title)}"] if title else []
+    for block in blocks:
+        parts.append(f"### {markup.markdown(block.title)}")
+        parts.append("\n".join(_wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
+        parts += _markdown_tables(block, width)
+        signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
+        below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
+        below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
+        below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
+        parts.append("\n".join(map(_wrapped, below)))
+    if absent:
+        parts.append(_wrapped(f"not run here: {markup.markdown(absent)}"))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _markdown_tables(block: Block, width: int) -> list[str]:
+    """The rows as one table, or where that is wider than `width` as several that repeat what names a row."""
+    last = len(block.heads) - 1
+    head = [markup.markdown(text) for text in block.heads]
+    body = [[_markdown_cell(cell) for cell in row.cells] for row in block.rows]
+    widths = [max(3, *(len(line[k]) for line in [head, *body] if line)) for k in range(last + 1)]
+
+    def padded(line: list[str], columns: list[int]) -> str:
+        cells = [f" {line[k].ljust(widths[k])}" if k in (0, last) else line[k].rjust(widths[k]) for k in columns]
+        return f"|{' |'.join(cells)} |"
+
+    tables = []
+    for columns in _columns_by_part(widths, block.naming, width):
+        rule = ["-" * (widths[k] + 2) if k in (0, last) else "-" * widths[k] + ":" for k in columns]
+        lines = [padded(head, columns), f"|{'|'.join(rule)}|"]
+        for row, line in zip(block.rows, body, strict=True):
+            # a heading is wider than its column: padding every row to it would push the numbers off the screen
+            heading = f"| *{markup.markdown(row.group)}* |{' |' * (len(columns) - 1)}"
+            lines.append(heading if row.group else padded(line, columns))
+        tables.append("\n".join(lines))
+    return tables
+
+
+def _columns_by_part(widths: list[int], naming: int, width: int) -> list[list[int]]:
+    """Column numbers of each part: the first `naming` in all of them; as few parts as fit `width`, of even width."""
+
+    def filled(limit: int) -> list[list[int]]:
+        parts = [list(range(naming))]
+        for k in range(naming, len(widths)):
+            if len(parts[-1]) > naming and sum(widths[c] + 2 for c in [*parts[-1], k]) + 4 > limit:
+                parts.append(list(range(naming)))
+            parts[-1].append(k)
+        return parts
+
+    fewest = len(filled(width))
+    return next(parts for limit in range(width + 1) if len(parts := filled(limit)) == fewest)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = markup.markdown(cell.value)
+    value = (f"**{text}**" if cell.bold else text) + _superscript(cell.notes)
+    return " ".join(filter(None, [value, cell.half_width, cell.sign]))
+
+
+def _superscript(numbers: Sequence[int]) -> str:
+    return "˒".join(str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) for n in numbers)
+
+
+# ---------------------------------------------------------------------------------------------------- LaTeX
+
+
+def to_latex(title: str, blocks: Sequence[Block], absent: str = "") -> str:
+    """One `table*` per block, to be read in with \\input; needs no package."""
+    tables = [_latex_table(title, block) for block in blocks]
+    if absent:
+        tables.append(f"not run here: {markup.latex(absent)}")
+    return "\n\n".join(tables) + "\n"
+
+
+def _latex_table(title: str, block: Block) -> str:
+    heads = " & ".join(markup.latex(head) for head in _heads(block))
+    below = [markup.latex(line) for line in (*block.protocol, *block.signs, *_interval_sign(block))]
+    below += [f"$^{{{k}}}$ {markup.latex(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"not run here: {markup.latex(block.absent)}"] if block.absent else []
+    lines = [
+        r"\begin{table*}",
+        rf"\caption{{{markup.latex(title)}: {markup.latex(block.title)}}}",
+        r"\centering\tiny\setlength{\tabcolsep}{2pt}",
+        rf"\begin{{tabular}}{{l{'r' * (len(block.heads) - 2)}l}}",
+        r"\hline",
+        rf"{heads} \\",
+        r"\hline",
+        *(_latex_row(row, len(block.heads)) for row in block.rows),
+        r"\hline",
+        r"\end{tabular}",
+        "",
+        r"\smallskip\begin{minipage}{\textwidth}\scriptsize\raggedright",
+        "\\par\n".join(below),
+        r"\end{minipage}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines)
+
+
+def _latex_row(row: Row, columns: int) -> str:
+    if row.group:
+        return rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
+    return " & ".join(_latex_cell(cell) for cell in row.cells) + r" \\"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = markup.latex(cell.value)
+    value = rf"\textbf{{{text}}}" if cell.bold else text
+    notes = f"$^{{{','.join(map(str, cell.notes))}}}$" if cell.notes else ""
+    # braces keep a leading bracket from being taken for the option of the \\ before it
+    return " ".join(filter(None, [f"{{{value}}}" + notes, markup.latex(cell.interval), markup.latex(cell.sign)]))
+
+
+# ---------------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 96rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }
+ul { margin: .5rem 0; padding-left: 1.2rem; font-size: .87rem; opacity: .85; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+thead th { border-bottom: 2px solid currentColor; vertical-align: bottom; }
+tr.group th { text-align: left; background: var(--soft); font-weight: 600; }
+tbody tr:hover td { background: var(--soft); }
+small { opacity: .7; }
+"""
+
+
+def to_html(title: str, blocks: Sequence[Block], absent: str = "") -> str:
+    """One page without scripts or requests."""
+    body = [f"<h1>{markup.html(title)}</h1>"]
+    for block in blocks:
+        below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
+        below += [f"<sup>{k}</sup> {markup.html(text)}" for k, text in enumerate(block.notes, 1)]
+        below += [f"not run here: {markup.html(block.absent)}"] if block.absent else []
+        body += [
+            f"<h2>{markup.html(block.title)}</h2>",
+            _html_list(markup.html(line) for line in block.protocol),
+            _html_table(block),
+            _html_list(below),
+        ]
+    if absent:
+        body.append(f"<p>not run here: {markup.html(absent)}</p>")
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{markup.html(title)}</title><style>{STYLE}</style></head>",
+        "<body>",
+        *body,
+        "</body></html>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _html_list(items: Iterable[str]) -> str:
+    lines = [f"<li>{item}</li>" for item in items]
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _html_table(block: Block) -> str:
+    heads = "".join(f'<th scope="col">{markup.html(head)}</th>' for head in _heads(block))
+    rows = "\n".join(_html_row(row, len(block.heads)) for row in block.rows)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _html_row(row: Row, columns: int) -> str:
+    if row.group:
+        return f'<tr class="group"><th scope="colgroup" colspan="{columns}">{markup.html(row.group)}</th></tr>'
+    return f"<tr>{''.join(f'<td>{_html_cell(cell)}</td>' for cell in row.cells)}</tr>"
+
+
+def _html_cell(cell: Cell) -> str:
+    text = markup.html(cell.value)
+    value = f"<strong>{text}</strong>" if cell.bold else text
+    notes = f"<sup>{', '.join(map(str, cell.notes))}</sup>" if cell.notes else ""
+    interval = f"<small>{markup.html(cell.interval)}</small>" if cell.interval else ""
+    return " ".join(filter(None, [value + notes, interval, markup.html(cell.sign)]))
+
+
+def _heads(block: Block) -> list[str]:
+    return [f"{head} {arrow}".strip() for head, arrow in zip(block.heads, block.arrows, strict=True)]
+
+
+def _interval_sign(block: Block) -> list[str]:
+    return ["[a–b]: 95 % interval"] if block.has_intervals else []

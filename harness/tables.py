@@ -1,0 +1,727 @@
+"""Records → tables, in the survey's order: Markdown, LaTeX, HTML and CSV, from records only.
+
+    python -m harness.tables table_1                                  prints table I, writes results/tables/table_1.*
+    python -m harness.tables all paths.results=DIR model=NAME         every table, of one model
+    python -m harness.tables table_1 strict=true                      an error instead of several blocks
+
+One block of a table holds rows that may be compared: the same model, hardware, machine, text and protocol (the `on`
+of every measurement). Whatever differs in one of these stands in a block of its own; no column ever mixes two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import markup
+from harness.errors import ConfigError
+from harness.records import Measurement, RunRecord, read_record, write_text_atomically
+from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
+from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+# Two records whose measurements of these differ in `on` ran another protocol.
+SPEED_METRICS = frozenset(("time_to_first_token_ms", "time_per_output_token_ms", "decode_tokens_per_second"))
+PROTOCOL_METRICS = SPEED_METRICS | {"perplexity", "accuracy"}
+SAME_AS_DENSE = "≈"
+COLLAPSED = "✗"
+LONGEST_TITLE = 32
+LONGEST_TASK = 12  # characters of a head
+LONGEST_NOTE = 400  # characters of a failure's reason below a table; the CSV file has all
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How one metric is shown: a short head with its unit, and its digits.
+
+    every_workload: a column for each `on` found; otherwise the smallest batch, or the first measured, alone.
+    """
+
+    metric: str
+    head: str
+    show: Callable[[float], str]
+    scale: float = 1.0
+    interval: Callable[[float], str] | None = None
+    every_workload: bool = False
+
+
+def _significant(digits: int) -> Callable[[float], str]:
+    """Format with this many significant digits, never in exponents, whole numbers in full."""
+
+    def show(value: float) -> str:
+        if value == 0:
+            return "0"
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{decimals}f}"
+
+    return show
+
+
+def _fixed(decimals: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{decimals}f}"
+
+
+QUANTITIES = (
+    Quantity("perplexity", "PPL", _significant(4), interval=_significant(3), every_workload=True),
+    Quantity("kl_divergence", "KL nats", _significant(3), every_workload=True),
+    Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
+    Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
+    Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
+    Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
+    Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
+    Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
+    Quantity("stored_bytes", "MB", _fixed(1), scale=1e-6, every_workload=True),
+    Quantity("compress_seconds", "comp. s", _significant(3)),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity under one protocol or workload. `on` is None where any will do (the first that a record has)."""
+
+    quantity: Quantity
+    on: str | None
+    head: str
+    better: str
+
+
+@dataclass
+class _Notes:
+    """Footnotes in order of first use; the same text has one number."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def number(self, text: str) -> int:
+        if text not in self.texts:
+            self.texts.append(text)
+        return self.texts.index(text) + 1
+
+
+# ---------------------------------------------------------------------------------------------- what goes together
+
+
+def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """Split records into blocks whose rows may be compared.
+
+    Equal model, hardware, machine and text come first. Among those, records with the same protocol share a block,
+    and one that measured a part of what another block measured (a failed run, speed alone) joins it.
+    """
+    settings: dict[str, dict[frozenset, list[RunRecord]]] = {}
+    for record in records:
+        settings.setdefault(_setting(record), {}).setdefault(_protocol(record), []).append(record)
+    blocks = []
+    for by_protocol in settings.values():
+        kept: dict[frozenset, list[RunRecord]] = {}
+        for protocol in sorted(by_protocol, key=len, reverse=True):
+            for record in by_protocol[protocol]:
+                wider = [other for other in kept if protocol < other]
+                home = max(wider, key=lambda other: _kinship(record, kept[other]), default=protocol)
+                kept.setdefault(home, []).append(record)
+        blocks += kept.values()
+    return blocks
+
+
+def _setting(record: RunRecord) -> str:
+    config = record.config
+    keys = [record.model, config.get("model"), config.get("hardware"), _evaluated_text(record), _machine(record)]
+    return json.dumps(keys, sort_keys=True, default=str)
+
+
+def _evaluated_text(record: RunRecord) -> Any:
+    """The corpus without its calibration text, which belongs to a method, not to the protocol."""
+    corpus = record.config.get("corpus")
+    return {k: v for k, v in corpus.items() if k != "calibration"} if isinstance(corpus, dict) else corpus
+
+
+def _protocol(record: RunRecord) -> frozenset[tuple[str, str]]:
+    return frozenset((m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS)
+
+
+def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
+    """How well a record fits a block that measured more: the same evaluation first, then the larger block."""
+    asked = record.config.get("evaluation")
+    return sum(other.config.get("evaluation") == asked for other in others), len(others)
+
+
+def _machine(record: RunRecord) -> str:
+    """The machine in words: "AMD EPYC 9B14, 2 cores"."""
+    machine = record.environment.get("machine") or {}
+    if not isinstance(machine, dict):
+        return str(machine)
+    gpus = machine.get("gpus") or []
+    counted = [f"{gpus.count(gpu)} × {gpu}" if gpus.count(gpu) > 1 else gpu for gpu in dict.fromkeys(gpus)]
+    cores = f"{machine['cores']} cores" if "cores" in machine else ""
+    return ", ".join(filter(None, [*counted, machine.get("processor", ""), cores])) or "unknown machine"
+
+
+def _refuse_several(blocks: list[list[RunRecord]]) -> None:
+    """Raise ConfigError when one model on one hardware has records that cannot share a block."""
+    seen: dict[tuple[str, str], list[RunRecord]] = {}
+    for block in blocks:
+        first = seen.setdefault((block[0].model, _hardware_name(block[0])), block)
+        if first is not block:
+            one, two = _difference(first[0], block[0])
+            raise ConfigError(
+                f"strict=true: records of {block[0].model} on {_hardware_name(block[0])} do not compare: "
+                f"{first[0].id} has {one}; {block[0].id} has {two}. Leave strict out for a block of each"
+            )
+
+
+def _difference(a: RunRecord, b: RunRecord) -> tuple[str, str]:
+    if _machine(a) != _machine(b):
+        return f'machine "{_machine(a)}"', f'machine "{_machine(b)}"'
+    here, there = _protocol(a), _protocol(b)
+    if here != there:
+        words = [
+            " and ".join(f'{metric} on "{on}"' for metric, on in sorted(mine)) or "no measurement of its own"
+            for mine in (here - there, there - here)
+        ]
+        return words[0], words[1]
+    for section in ("model", "hardware", "corpus"):
+        if a.config.get(section) != b.config.get(section):
+            return f"{section} {a.config.get(section)}", f"{section} {b.config.get(section)}"
+    raise AssertionError("blocks differ in their setting or protocol")
+
+
+def _hardware_name(record: RunRecord) -> str:
+    return str((record.config.get("hardware") or {}).get("name", "unknown hardware"))
+
+
+# ---------------------------------------------------------------------------------------------------- one block
+
+
+def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) -> list[Block]:
+    """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
+    rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
+    split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
+    if strict:
+        _refuse_several(split)
+    return [_block(records, table.groups) for records in split]
+
+
+def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
+    """One block. With groups, their headings stand between the rows and their systems without a record below."""
+    records = sorted(records, key=_order)
+    columns = _columns(records)
+    kernels = _kernels(records)
+    swept = _sparsities(records)
+    labels = _labels(records)
+    notes = _Notes()
+    best = _best(records, columns)
+    heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
+    rows: list[Row] = []
+    previous: Group | None = None
+    for record in records:
+        group = _group(record)
+        if groups and group is not None and group is not previous:
+            rows.append(Row(group=f"{group.title} ({group.source})"))
+            previous = group
+        cells = [
+            Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record))),
+            Cell("" if record.bits is None else f"{record.bits:g}"),
+        ]
+        if swept:
+            cells.append(Cell("" if _sparsity(record) is None else str(_sparsity(record))))
+        cells += [_cell(record, column, (record.id, column) in best) for column in columns]
+        if record.status == "failed":
+            gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
+            cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
+        rows.append(Row((*cells, Cell(kernels.each.get(record.id, "")))))
+    return Block(
+        title=f"{records[0].model} · {_hardware_name(records[0])} · {_machine(records[0])}",
+        protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
+        heads=(*heads, "kernel"),
+        arrows=(*("" for _ in heads[: len(heads) - len(columns)]), *(_arrow(c) for c in columns), ""),
+        rows=tuple(rows),
+        signs=tuple(_signs(rows)),
+        notes=tuple(notes.texts),
+        absent=_absent(records, groups),
+        naming=3 if swept else 2,
+    )
+
+
+def _name(record: RunRecord) -> str:
+    return str(record.card.get("name", ""))
+
+
+def _group(record: RunRecord) -> Group | None:
+    return placement(_name(record), str(record.card.get("taxonomy", "")))
+
+
+def _order(record: RunRecord) -> tuple:
+    """Dense first; groups and systems as in the survey, others after them by name; bits downwards, sparsity upwards."""
+    name, group = _name(record), _group(record)
+    places = list(GROUPS.values())
+    known = list(SYSTEMS)
+    return (
+        name != DENSE.name,
+        places.index(group) if group else len(places),
+        known.index(name) if name in SYSTEMS else len(known),
+        name,
+        -(record.bits if record.bits is not None else -math.inf),
+        str(_sparsity(record) or ""),
+        record.id,
+    )
+
+
+def _labels(records: list[RunRecord]) -> dict[str, str]:
+    """What each row is called: the title, and what sets it apart from rows of the same title and bits."""
+    alike: dict[tuple, list[RunRecord]] = {}
+    for record in records:
+        alike.setdefault((_name(record), record.bits, str(_sparsity(record))), []).append(record)
+    labels = {}
+    for same in alike.values():
+        leaves = {record.id: _leaves(record) for record in same}
+        keys = sorted({key for found in leaves.values() for key in found})
+        differing = [key for key in keys if len({str(found.get(key)) for found in leaves.values()}) > 1]
+        for record in same:
+            apart = [
+                f"{key.rpartition('.')[2]}={leaves[record.id][key]}"
+                for key in differing
+                if leaves[record.id].get(key) is not None
+            ]
+            if len(same) > 1 and not 1 <= len(differing) <= 3:
+                apart = [record.id[:8]]
+            labels[record.id] = _title(record) + (f" ({', '.join(apart)})" if apart else "")
+    return labels
+
+
+def _title(record: RunRecord) -> str:
+    name = _name(record)
+    if name in SYSTEMS:
+        return SYSTEMS[name].title
+    return _shortened(str(record.card.get("title") or name), LONGEST_TITLE)
+
+
+def _leaves(record: RunRecord) -> dict[str, Any]:
+    """Settings by which two runs of one method may differ: dotted name → value."""
+    evaluation = record.config.get("evaluation") or {}
+    found: dict[str, Any] = {"seed": record.config.get("seed"), "evaluation": evaluation.get("name")}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}", item)
+        else:
+            found[prefix] = value
+
+    walk("method", record.config.get("method"))
+    walk("calibration", record.config.get("calibration"))
+    return found
+
+
+def _sparsity(record: RunRecord) -> Any:
+    method = record.config.get("method")
+    return method.get("sparsity") if isinstance(method, dict) else None
+
+
+def _sparsities(records: list[RunRecord]) -> bool:
+    return any(_sparsity(record) is not None for record in records)
+
+
+def _measured(record: RunRecord, column: Column) -> Measurement | None:
+    if column.on is not None or column.quantity.every_workload:
+        found = record.find(column.quantity.metric, column.on)
+    else:
+        found = record.find(column.quantity.metric)
+    if found is None and column.quantity.metric == "stored_bytes" and record.artifact.get("bytes") is not None:
+        return Measurement("stored_bytes", record.artifact["bytes"], "bytes", "artifact on disk", "lower")
+    return found
+
+
+def _columns(records: list[RunRecord]) -> list[Column]:
+    columns = []
+    for quantity in QUANTITIES:
+        found = [m for record in records for m in record.measurements if m.metric == quantity.metric]
+        if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
+            columns.append(Column(quantity, None, quantity.head, "lower"))
+        elif found and quantity.every_workload:
+            workloads = sorted(dict.fromkeys(m.on for m in found), key=_batch)
+            heads = _short_names(workloads)
+            columns += [
+                Column(quantity, on, f"{quantity.head} {heads[on]}".strip(), b)
+                for on in workloads
+                for b in [next(m.better for m in found if m.on == on)]
+            ]
+        elif found and quantity.metric in PROTOCOL_METRICS:
+            first = min(found, key=lambda m: _batch(m.on))
+            columns.append(Column(quantity, first.on, quantity.head, first.better))
+        elif found:
+            columns.append(Column(quantity, None, quantity.head, found[0].better))
+    return [_task_head(column) for column in columns]
+
+
+def _task_head(column: Column) -> Column:
+    """A task's column is named by the task, the first part of its `on`; of a long name, by the last word."""
+    if column.quantity.metric != "accuracy" or column.on is None:
+        return column
+    task = column.on.partition(",")[0]
+    return replace(column, head=f"{task if len(task) <= LONGEST_TASK else task.rpartition('_')[2]} %")
+
+
+def _batch(on: str) -> float:
+    found = re.search(r"\bbatch (\d+)", on)
+    return float(found[1]) if found else math.inf
+
+
+def _short_names(workloads: list[str]) -> dict[str, str]:
+    """What tells several `on` apart, as short as can be: "batch 4, prompt 128" → "b4"; nothing for a single one."""
+    parts = {on: on.split(", ") for on in workloads}
+    shared = (
+        set.intersection(*(set(p) for p in parts.values())) if len(workloads) > 1 else set(workloads[0].split(", "))
+    )
+    names = {on: ", ".join(p for p in parts[on] if p not in shared) for on in workloads}
+    return {on: re.sub(r"\bbatch (\d+)", r"b\1", name) for on, name in names.items()}
+
+
+def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
+    measurement = _measured(record, column)
+    if measurement is None or measurement.value is None:
+        return Cell()
+    quantity = column.quantity
+    scale = 1.0 if measurement.unit == "%" else quantity.scale
+    interval = half_width = ""
+    if measurement.interval and quantity.interval:
+        low, high = (scale * end for end in measurement.interval)
+        interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
+        half_width = f"±{_significant(2)((high - low) / 2)}"
+    same = quantity.metric == "perplexity" and _same_as_dense(record, measurement.on)
+    sign = " ".join(filter(None, [SAME_AS_DENSE * same, COLLAPSED * ("collapsed" in measurement.note)]))
+    return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
+
+
+def _same_as_dense(record: RunRecord, on: str) -> bool:
+    """Whether the paired interval of the perplexity ratio to dense contains 1 on this text."""
+    ratio = record.find("perplexity_ratio", on) or record.find("perplexity_ratio")
+    return bool(ratio and ratio.interval and ratio.interval[0] <= 1 <= ratio.interval[1])
+
+
+def _collapsed(record: RunRecord) -> bool:
+    return any("collapsed" in m.note for m in record.measurements if m.metric in ("perplexity", "perplexity_ratio"))
+
+
+def _best(records: list[RunRecord], columns: list[Column]) -> set[tuple[str, Column]]:
+    """Record and column of every best value, and what ties with it, among rows of equal bits and sparsity.
+
+    A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
+    """
+    rivals: dict[tuple, list[RunRecord]] = {}
+    for record in records:
+        if _name(record) != DENSE.name and record.status == "finished" and not _collapsed(record):
+            rivals.setdefault((record.bits, str(_sparsity(record))), []).append(record)
+    best = set()
+    for group in rivals.values():
+        for column in columns:
+            found = {r.id: m for r in group if (m := _measured(r, column)) is not None and m.value is not None}
+            if found:
+                ties = _ties(column, found)
+                best |= {(id, column) for id in ties if len(ties) < len(found)}
+    return best
+
+
+def _ties(column: Column, found: dict[str, Measurement]) -> set[str]:
+    """Which of these records hold the best value: equal to it in the digits shown, or, for speed, within its noise."""
+
+    def shown(m: Measurement) -> str:
+        return column.quantity.show(column.quantity.scale * m.value)
+
+    top = (min if column.better == "lower" else max)(found.values(), key=lambda m: m.value)
+    ties = {id for id, m in found.items() if shown(m) == shown(top)}
+    if column.quantity.metric in SPEED_METRICS and top.interval:
+        ties |= {
+            id
+            for id, m in found.items()
+            if m.interval and m.interval[0] <= top.interval[1] and top.interval[0] <= m.interval[1]
+        }
+    return ties
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    shared: str
+    each: dict[str, str]
+
+
+def _kernels(records: list[RunRecord]) -> _Kernels:
+    """The kernel of every row, and what all rows say besides it (the dtype, mostly), said once."""
+    notes = {
+        record.id: (record.find("time_per_output_token_ms") or record.find("decode_tokens_per_second") or _NONE).note
+        for record in records
+    }
+    parts = {id: [p for p in re.split(r"[,;] ", note) if p] for id, note in notes.items() if note}
+    rest = [set(q[1:]) for q in parts.values()]
+    shared = set.intersection(*rest) if rest else set()
+    each = {id: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for id, q in parts.items()}
+    return _Kernels(", ".join(sorted(shared)), each)
+
+
+_NONE = Measurement("", None, "", "", "lower")
+
+
+def _remarks(record: RunRecord) -> list[str]:
+    """Footnotes of a row: departures from the paper, the reason of a failure, why a number is missing."""
+    departures = record.card.get("departures") or []
+    remarks = [str(text) for text in ([departures] if isinstance(departures, str) else departures)]
+    if record.failure:
+        remarks.append(_shortened(f"failed in {record.failure.stage}: {record.failure.reason}"))
+    remarks += [
+        _shortened(f"{m.metric} not measured ({m.on}): {m.note}")
+        for m in record.measurements
+        if m.value is None and m.note and m.metric in {q.metric for q in QUANTITIES}
+    ]
+    return remarks
+
+
+def _shortened(text: str, length: int = LONGEST_NOTE) -> str:
+    line = markup.plain(text)
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _signs(rows: list[Row]) -> list[str]:
+    used = " ".join(cell.sign for row in rows for cell in row.cells)
+    signs = []
+    if any(cell.bold for row in rows for cell in row.cells):
+        signs.append("bold: best among rows of equal bits")
+    if SAME_AS_DENSE in used:
+        signs.append(f"{SAME_AS_DENSE}: the paired 95 % interval of the perplexity ratio to dense contains 1")
+    if COLLAPSED in used:
+        signs.append(f"{COLLAPSED}: collapsed, shown but never a reference")
+    return signs
+
+
+def _arrow(column: Column) -> str:
+    return "↓" if column.better == "lower" else "↑"
+
+
+def _absent(records: list[RunRecord], groups: Sequence[Group]) -> str:
+    present = {_name(record) for record in records}
+    missing = [system.title for group in groups for system in group.systems if system.name not in present]
+    return ", ".join(missing)
+
+
+def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
+    """What a reader must know before the numbers: workloads, text, arithmetic, machine, versions, dates."""
+    lines = []
+    for metric, words in (("perplexity", "Perplexity"), ("accuracy", "Tasks")):
+        on = [c.on for c in columns if c.quantity.metric == metric and c.on]
+        if on:
+            lines.append(f"{words}: {'; '.join(dict.fromkeys(on))}")
+    if any(c.quantity.metric in ("kl_divergence", "top1_agreement") for c in columns):
+        lines.append("KL(dense ‖ row) per token and top-1 agreement: against the dense run on the same windows")
+    speed = [c for c in columns if c.quantity.metric in PROTOCOL_METRICS and c.on and _batch(c.on) < math.inf]
+    if speed:
+        on = "; ".join(f"{heads} at {on}" for on, heads in _heads_by_workload(speed).items())
+        lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel else ""))
+    calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if _name(r) != DENSE.name}
+    calibration.discard("null")
+    if len(calibration) == 1:
+        settings = json.loads(calibration.pop())
+        if isinstance(settings, dict):
+            lines.append("Calibration: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    environments = [record.environment for record in records]
+    facts = [
+        _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),
+        _distinct(f"{e['decoding_dtype']} decoding" for e in environments if e.get("decoding_dtype")),
+        _distinct(f"{e['threads']} threads" for e in environments if e.get("threads")),
+    ]
+    for package in ("torch", "transformers"):
+        facts.append(
+            _distinct(f"{package} {v[package]}" for e in environments if package in (v := e.get("versions") or {}))
+        )
+    days = sorted(r.finished[:10] for r in records if r.finished)
+    if days:
+        facts.append(f"measured {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
+    facts.append(_commits(environments))
+    lines.append(", ".join(filter(None, facts)))
+    return [line for line in lines if line]
+
+
+def _heads_by_workload(columns: list[Column]) -> dict[str, str]:
+    heads: dict[str, list[str]] = {}
+    for column in columns:
+        heads.setdefault(column.on or "", []).append(column.head.removesuffix(" ms"))
+    return {on: ", ".join(names) for on, names in heads.items()}
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _commits(environments: list[dict[str, Any]]) -> str:
+    sources = [e.get("source") or {} for e in environments]
+    found = _distinct(
+        f"{s['commit'][:8]}{' with changes' if s.get('dirty') else ''}" for s in sources if s.get("commit")
+    )
+    return f"commit {found}" if found else ""
+
+
+def frame(records: Iterable[RunRecord]) -> DataFrame:
+    """One row per measurement, nothing rounded or left out; a failed run without any has one row of its own."""
+    import pandas as pd
+
+    rows = []
+    for record in records:
+        group = _group(record)
+        run = {
+            "model": record.model,
+            "hardware": _hardware_name(record),
+            "machine": _machine(record),
+            "group": group.key if group else str(record.card.get("taxonomy", "")),
+            "method": _name(record),
+            "title": _title(record),
+            "bits": record.bits,
+            "sparsity": _sparsity(record),
+            "status": record.status,
+            "failed_stage": record.failure.stage if record.failure else None,
+            "failure_reason": record.failure.reason if record.failure else None,
+        }
+        source = {"finished": record.finished, "record": record.id, "baseline": record.baseline}
+        for m in record.measurements or [_NONE]:
+            low, high = m.interval or (None, None)
+            measured = {"metric": m.metric, "value": m.value, "low": low, "high": high, "unit": m.unit, "on": m.on}
+            rows.append({**run, **measured, "better": m.better if m.metric else "", "note": m.note, **source})
+    return pd.DataFrame(rows)
+
+
+def to_csv(records: Iterable[RunRecord]) -> str:
+    """`frame` as CSV; text that a spreadsheet would run as a formula is quoted."""
+    table = frame(records)
+    words = [column for column in table.columns if column not in ("bits", "value", "low", "high")]
+    table[words] = table[words].map(lambda cell: markup.csv(cell) if isinstance(cell, str) else cell)
+    return table.to_csv(index=False)
+
+
+# ---------------------------------------------------------------------------------------------------- entry points
+
+
+def summary_table(records: Iterable[RunRecord]) -> str:
+    """Markdown table of these records alone, whatever their family: what a sweep ends with. As wide as the terminal."""
+    return to_markdown("", [_block(block) for block in comparable(records)], width=_terminal_width())
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal, or of `COLUMNS`; 160 where output goes into a file or a pipe."""
+    return shutil.get_terminal_size((160, 24)).columns
+
+
+def write_table(table: Table, records: Sequence[RunRecord], folder: Path, strict: bool = False) -> str:
+    """Write `folder/table_N.{md,tex,html,csv}`, each atomically, and return the Markdown."""
+    blocks = blocks_of(table, records, strict)
+    title = f"Table {table.number}: {table.title}"
+    absent = "" if blocks else ", ".join(system.title for system in table.systems)
+    shown = [r for r in records if _group(r) in table.groups or (blocks and _name(r) == DENSE.name)]
+    source = f"systems and order: {SURVEY}"
+    for suffix, content in (
+        ("md", f"{to_markdown(title, blocks, absent)}\n{source}\n"),
+        ("tex", to_latex(title, blocks, absent)),
+        ("html", to_html(title, blocks, absent)),
+        ("csv", to_csv(shown)),
+    ):
+        write_text_atomically(content, folder / f"{table.name}.{suffix}")
+    return to_markdown(title, blocks, absent, width=_terminal_width())
+
+
+LISTED = "\n".join(f"  {table.name}  {table.number:>3}  {table.title}" for table in TABLES)
+HELP = f"""Print a table of the survey from the records, and write it as Markdown, LaTeX, HTML and CSV.
+
+usage: python -m harness.tables TABLE [OPTION=VALUE ...]
+
+tables
+{LISTED}
+  all           every one of them
+
+options
+  paths.results=DIR   where records/ is read and tables/ is written (default: results)
+  model=NAME[,NAME]   records of these models alone
+  hardware=NAME[,…]   records of these hardware configurations alone
+  strict=true         an error instead of several blocks when protocols or machines differ
+"""
+OPTIONS = ("paths.results", "model", "hardware", "strict")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0; 1 when a record could not be read; 2 for what was typed wrong."""
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(HELP)
+        return 0 if arguments else 2
+    try:
+        names, options = parse(arguments)
+        records, broken = _read_all(Path(options.get("paths.results", RESULTS)))
+        records = _chosen(records, options)
+        folder = Path(options.get("paths.results", RESULTS)) / "tables"
+        strict = options.get("strict", "false").lower() == "true"
+        for name in names:
+            print(write_table(table_named(name), records, folder, strict))
+        print(
+            f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
+            if len(names) > 1
+            else f"written: {folder}/{names[0]}.{{md,tex,html,csv}}"
+        )
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for reason in broken:
+        print(f"not read: {reason}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Names of tables, and options. Raises ConfigError for a name or option that is none."""
+    known = [table.name for table in TABLES]
+    names, options = [], {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals:
+            _known(key.lstrip("+"), OPTIONS, "option")
+            options[key.lstrip("+")] = value
+        else:
+            _known(argument, [*known, "all"], "table")
+            names += known if argument == "all" else [argument]
+    if not names:
+        raise ConfigError(f"no table named: choose from {', '.join([*known, 'all'])}")
+    return list(dict.fromkeys(names)), options
+
+
+def _known(name: str, choices: Sequence[str], what: str) -> None:
+    if name not in choices:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), choices, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{what} {name!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _read_all(results: Path) -> tuple[list[RunRecord], list[str]]:
+    """Every readable record, and why the others are not. Raises ConfigError where there is no results folder."""
+    if not results.is_dir():
+        raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
+    records, broken = [], []
+    for path in sorted((results / "records").glob("*/*.json")):
+        try:
+            records.append(read_record(path))
+        except ValueError as error:
+            broken.append(str(error))
+    return records, broken
+
+
+def _chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:
+    for key, of in (("model", lambda r: r.model), ("hardware", _hardware_name)):
+        wanted = [name for name in options.get(key, "").split(",") if name]
+        for name in wanted:
+            _known(name, sorted({of(record) for record in records}), key)
+        records = [record for record in records if not wanted or of(record) in wanted]
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,396 @@
+"""Tables come from records only, never mix protocols or machines, and show everything that happened."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from fake_records import EPYC, LONG, QUICK, XEON, collapsed, failed, record, sweep, write_all
+
+from harness import tables
+from harness.errors import ConfigError
+from harness.records import Measurement
+from harness.table_formats import to_html, to_latex, to_markdown
+from harness.taxonomy import TABLES, table_named
+
+TABLE_1 = table_named("table_1")
+HOSTILE = "evil|`<script>alert(1)</script>` $x_1$ & 100% \\input{x} [a](javascript:x)\n# h \x1b[31m\u202e"
+
+
+def blocks(records, **options):
+    return tables.blocks_of(TABLE_1, records, **options)
+
+
+def rows_of(block):
+    """Label → {head: cell}."""
+    return {
+        f"{row.cells[0].value} {row.cells[1].value}".strip(): dict(zip(block.heads, row.cells, strict=True))
+        for row in block.rows
+        if row.cells
+    }
+
+
+def test_rows_follow_the_survey_with_dense_first_and_bits_downwards():
+    (block,) = blocks(sweep()[::-1])
+    assert list(rows_of(block)) == ["Dense", "RTN 4", "RTN 3", "GPTQ 4", "GPTQ 3", "AWQ 4", "AWQ 3"]
+
+
+def test_every_number_is_the_records_own():
+    (block,) = blocks(sweep())
+    row = rows_of(block)["GPTQ 4"]
+    run = next(r for r in sweep() if r.card["name"] == "gptq" and r.bits == 4)
+    assert float(row["PPL"].value) == pytest.approx(run.value("perplexity"), rel=1e-3)
+    assert float(row["top-1 %"].value) == pytest.approx(100 * run.value("top1_agreement"), abs=0.05)
+    assert float(row["cloze %"].value) == pytest.approx(100 * run.value("accuracy"), abs=0.05)
+    assert float(row["MB"].value) == pytest.approx(run.value("stored_bytes") / 1e6, abs=0.05)
+    assert float(row["t/s b4"].value) == pytest.approx(
+        run.value("decode_tokens_per_second", "batch 4, prompt 128, 32 new"), rel=5e-3
+    )
+    assert row["comp. s"].value == "61.4"
+
+
+def test_a_missing_number_is_an_empty_cell_and_never_a_zero():
+    lost = record("gptq", 4)
+    lost = replace(
+        lost,
+        measurements=[
+            replace(m, value=None, interval=None, note="no timer") if m.metric == "time_to_first_token_ms" else m
+            for m in lost.measurements
+        ],
+    )
+    (block,) = blocks([record("dense"), lost])
+    cells = rows_of(block)
+    assert cells["GPTQ 4"]["TTFT ms"].value == ""
+    assert cells["Dense"]["KL nats"].value == cells["Dense"]["comp. s"].value == ""
+    assert any("no timer" in note for note in block.notes)
+
+
+def test_two_protocols_never_share_a_column():
+    quick, long = sweep(), sweep(on=LONG, evaluation="standard")
+    found = blocks(quick + long)
+    assert len(found) == 2
+    assert [sum(QUICK in line for line in b.protocol) for b in found] == [1, 0]
+    assert [sum(LONG in line for line in b.protocol) for b in found] == [0, 1]
+
+
+def test_two_machines_never_share_a_block():
+    found = blocks(sweep() + sweep(machine=XEON))
+    assert len(found) == 2
+    assert EPYC["processor"] in found[0].title
+    assert XEON["processor"] in found[1].title
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"on": LONG}, (QUICK, LONG)),
+        ({"machine": XEON}, (EPYC["processor"], XEON["processor"])),
+    ],
+)
+def test_strict_names_both_sides(other, words):
+    with pytest.raises(ConfigError) as error:
+        blocks([record("gptq", 4), record("awq", 4, **other)], strict=True)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_strict_accepts_what_compares():
+    assert len(blocks(sweep(), strict=True)) == 1
+
+
+def test_every_column_holds_one_workload():
+    """Whatever the mixture, in each block all measurements behind a protocol's column have one `on`."""
+    mixed = sweep() + sweep(on=LONG) + sweep(batches=(1, 8)) + sweep(machine=XEON) + [record("gptq", 4, model="other")]
+    for group in tables.comparable(mixed):
+        for column in tables._columns(group):
+            found = [m for r in group if (m := tables._measured(r, column))]
+            assert column.quantity.metric == "compress_seconds" or len({m.on for m in found}) == 1
+
+
+def test_a_run_of_speed_alone_joins_the_block_of_the_same_workload():
+    speed = record("awq", 4, evaluation="speed")
+    speed = replace(speed, measurements=[m for m in speed.measurements if m.metric.startswith(("time", "decode"))])
+    (block,) = blocks([record("dense"), record("gptq", 4), speed])
+    assert rows_of(block)["AWQ 4"]["PPL"].value == ""
+    assert rows_of(block)["AWQ 4"]["TPOT ms"].value != ""
+
+
+def test_failures_are_rows_with_their_reason():
+    (block,) = blocks(sweep())
+    cell = rows_of(block)["AWQ 3"]
+    assert cell["PPL"].value == "failed"
+    (note,) = [block.notes[k - 1] for k in cell["Method"].notes if "out of memory" in block.notes[k - 1]]
+    assert note.startswith("failed in compress")
+
+
+def test_a_run_that_failed_late_keeps_what_it_measured():
+    late = record("gptq", 4)
+    late = replace(
+        failed(late, "killed", "time"), measurements=[m for m in late.measurements if m.metric == "perplexity"]
+    )
+    (block,) = blocks([record("dense"), record("awq", 4), late])
+    row = rows_of(block)["GPTQ 4"]
+    assert row["PPL"].value
+    assert row["KL nats"].value == "failed"
+
+
+def test_a_table_of_failures_alone_still_names_them():
+    (block,) = blocks([failed(record("gptq", 4))])
+    assert list(rows_of(block)) == ["GPTQ, failed 4"]
+
+
+def test_collapsed_rows_are_marked_and_never_best():
+    worse, broken = record("gptq", 3, loss=0.3), collapsed(record("rtn", 3, loss=3))
+    (block,) = blocks([record("dense"), worse, broken, record("awq", 3, loss=0.5)])
+    rows = rows_of(block)
+    assert rows["RTN 3"]["PPL"].sign == "✗"
+    assert not any(cell.bold for cell in rows["RTN 3"].values())
+    assert rows["GPTQ 3"]["PPL"].bold
+    assert not rows["AWQ 3"]["PPL"].bold
+    assert any("collapsed" in sign for sign in block.signs)
+
+
+def test_best_is_judged_among_equal_bits_in_the_direction_of_the_metric():
+    (block,) = blocks(sweep())
+    rows = rows_of(block)
+    for head, pick in (("PPL", min), ("KL nats", min), ("top-1 %", max), ("cloze %", max)):
+        rivals = {label: float(row[head].value) for label, row in rows.items() if label.endswith("4")}
+        assert {label for label in rivals if rows[label][head].bold} == {pick(rivals, key=rivals.get)}
+    assert not any(cell.bold for cell in rows["Dense"].values())
+    assert not rows["GPTQ 3"]["PPL"].bold, "alone at its bits but for a collapsed and a failed run"
+
+
+def test_speeds_within_each_others_interval_are_ties():
+    (block,) = blocks(sweep())
+    assert not any(row["TPOT ms"].bold for row in rows_of(block).values())
+
+
+def test_the_sign_for_no_difference_follows_the_paired_interval():
+    (block,) = blocks(sweep())
+    signed = {label for label, row in rows_of(block).items() if "≈" in row["PPL"].sign}
+    runs = {f"{tables._title(r)} {r.bits}": r.find("perplexity_ratio") for r in sweep()}
+    contains = {label for label, m in runs.items() if m and m.interval[0] <= 1 <= m.interval[1]}
+    assert signed == contains == {"AWQ 4"}
+    assert any("contains 1" in sign for sign in block.signs)
+
+
+def test_departures_are_footnotes_shared_by_rows():
+    (block,) = blocks(sweep())
+    rows = rows_of(block)
+    number = rows["AWQ 4"]["Method"].notes[0]
+    assert block.notes[number - 1] == "no clipping of query and key projections"
+    assert number in rows["AWQ 3"]["Method"].notes
+
+
+def test_rows_of_one_method_and_bits_say_what_sets_them_apart():
+    (block,) = blocks([record("gptq", 4, method={"act_order": order}) for order in (True, False)])
+    assert set(rows_of(block)) == {"GPTQ (act_order=True) 4", "GPTQ (act_order=False) 4"}
+
+
+def test_sparsity_is_a_column_where_a_method_has_one():
+    pruned = [record("wanda", method={"sparsity": s}) for s in (0.5, "2:4")]
+    (block,) = tables.blocks_of(table_named("table_2"), pruned)
+    assert [row.cells[2].value for row in block.rows if row.cells] == ["0.5", "2:4"]
+    assert block.heads[2] == "sparsity"
+
+
+def test_systems_without_a_record_are_listed_and_not_invented():
+    (block,) = blocks(sweep())
+    for system in TABLE_1.systems:
+        assert (system.title in block.absent) != (system.name in ("rtn", "gptq", "awq"))
+
+
+def test_methods_outside_the_survey_stand_after_it_in_the_group_of_their_card():
+    peer = record("peer_torchao", 4, card={"title": "torchao", "taxonomy": "quantization/weight_only"})
+    (block,) = blocks([peer, *sweep()])
+    assert list(rows_of(block))[-1] == "torchao 4"
+
+
+def test_each_record_is_in_the_table_of_its_family_alone():
+    records = [*sweep(), record("wanda"), record("minillm")]
+    shown = {
+        table.name: {r.cells[0].value for b in tables.blocks_of(table, records) for r in b.rows if r.cells}
+        for table in TABLES
+    }
+    assert shown["table_1"] == {"Dense", "RTN", "GPTQ", "AWQ"}
+    assert shown["table_2"] == {"Dense", "Wanda"}
+    assert shown["table_3"] == {"Dense", "MiniLLM"}
+    assert shown["table_4"] == set()
+
+
+def test_kernels_are_named_and_what_all_share_is_said_once():
+    (block,) = blocks(sweep())
+    assert {row["kernel"].value for row in rows_of(block).values()} == {
+        "dense matmul", "int4 packed (torch)", "dequantised", ""
+    }  # fmt: skip
+    assert sum("bfloat16" in line for line in block.protocol if line.startswith("Speed")) == 1
+
+
+# ---- formats
+
+
+class Reader(HTMLParser):
+    """Tags and text of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def hostile():
+    reason = f"{HOSTILE} & <b>"
+    runs = [
+        record("dense", model=HOSTILE),
+        record("gptq", 4, model=HOSTILE),
+        failed(record("awq", 3, model=HOSTILE), reason),
+    ]
+    peer = record("x", 4, model=HOSTILE, card={"title": HOSTILE, "taxonomy": "quantization/weight_only"})
+    return [*runs, peer]
+
+
+def test_html_of_a_hostile_name_runs_nothing(hostile):
+    reader = Reader()
+    reader.feed(to_html("Table", blocks(hostile)))
+    assert "script" not in reader.tags
+    assert not reader.links
+    assert any("<script>alert(1)</script>" in text for text in reader.text), "shown as text"
+
+
+def test_markdown_of_a_hostile_name_keeps_its_table(hostile):
+    text = to_markdown("Table", blocks(hostile), width=1000)
+    assert not set(re.findall(r"[^\n\x20-\x7e]", text)) & {"\x1b", "\u202e"}
+    assert "<script" not in text
+    assert "](" not in text.replace("\\](", "")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines if "Method" in line or "GPTQ" in line} == {15}
+    assert not re.search(r"^# h", text, re.MULTILINE)
+
+
+def test_latex_of_a_hostile_name_has_no_live_command(hostile):
+    text = to_latex("Table", blocks(hostile))
+    assert "\\input" not in text
+    assert "100\\%" in text
+    assert not re.search(r"(?<!\\)%", text)
+    assert text.replace("\\{", "").replace("\\}", "").count("{") == text.replace("\\{", "").replace("\\}", "").count(
+        "}"
+    )
+    assert text.isascii()
+
+
+def test_csv_has_every_measurement_unrounded():
+    records = sweep()
+    read = pd.read_csv(io.StringIO(tables.to_csv(records)))
+    expected = [(r.id, m.metric, m.on, m.value) for r in records for m in r.measurements]
+    found = read[read["metric"].notna()]
+    assert [tuple(row) for row in found[["record", "metric", "on", "value"]].itertuples(index=False)] == expected
+    assert read[read["status"] == "failed"]["failure_reason"].tolist() == ["out of memory: 3.1 GB asked, 2.0 GB free"]
+
+
+def test_csv_gives_a_spreadsheet_no_formula():
+    text = tables.to_csv([record("gptq", 4, model="=HYPERLINK(1)")])
+    assert not re.search(r"(^|,)\"?=", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("width", [80, 120, 160, 400])
+def test_wide_tables_are_split_and_lose_no_cell(width):
+    found = blocks(sweep())
+    text = to_markdown("", found, width=width)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(map(len, lines)) <= width
+    heads = [cell.strip() for line in lines if "Method" in line for cell in line.strip("|").split("|")]
+    assert [h for h in heads if h not in ("Method", "Bits")] == list(found[0].heads[2:])
+    assert heads.count("Method") == (1 if width >= 160 else len(heads) - len(set(heads)) - heads.count("Bits") + 2)
+
+
+def test_summary_shows_all_families_together():
+    text = tables.summary_table([*sweep(), record("wanda", method={"sparsity": 0.5})])
+    assert all(name in text for name in ("Dense", "GPTQ", "Wanda"))
+    assert "not run here" not in text
+
+
+def test_no_records_is_a_table_that_says_so():
+    assert "not run here: RTN" in to_markdown("Table I", [], "RTN, GPTQ")
+    assert tables.summary_table([]).strip() == ""
+
+
+# ---- the command
+
+
+def test_command_writes_four_formats_and_prints_markdown(tmp_path, capsys):
+    write_all(sweep(), tmp_path)
+    assert tables.main(["table_1", f"paths.results={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("## Table I: Quantization")
+    assert {p.name for p in (tmp_path / "tables").iterdir()} == {f"table_1.{s}" for s in ("md", "tex", "html", "csv")}
+
+
+def test_command_for_all_tables(tmp_path, capsys):
+    write_all(sweep(), tmp_path)
+    assert tables.main(["all", f"paths.results={tmp_path}"]) == 0
+    assert len(list((tmp_path / "tables").iterdir())) == 16
+    assert "Table III" in capsys.readouterr().out
+
+
+def test_tables_are_the_same_bytes_when_made_again(tmp_path):
+    write_all(sweep(), tmp_path)
+    made = []
+    for _ in range(2):
+        tables.main(["table_1", f"paths.results={tmp_path}"])
+        made.append({p.name: p.read_bytes() for p in (tmp_path / "tables").iterdir()})
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabel_1"], ("table_1, table_2, table_3, table_4, all", "Did you mean table_1?")),
+        (["table-1"], ("Did you mean table_1?",)),
+        (["table_1", "path.results=x"], ("Did you mean paths.results?",)),
+        (["table_1", "paths.results={tmp}", "model=smollm2-135m-ggu"], ("Did you mean smollm2-135m-gguf?",)),
+        (["table_1", "paths.results={tmp}/absent"], ("no such folder",)),
+        (["strict=true"], ("no table named",)),
+    ],
+)
+def test_what_is_typed_wrong_is_answered_with_the_way_out(arguments, words, tmp_path, capsys):
+    write_all(sweep(), tmp_path)
+    assert tables.main([a.replace("{tmp}", str(tmp_path)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+
+
+def test_a_broken_record_is_named_and_the_rest_is_shown(tmp_path, capsys):
+    write_all(sweep(), tmp_path)
+    (tmp_path / "records" / "model" / "broken.json").write_text("{", encoding="utf-8")
+    assert tables.main(["table_1", f"paths.results={tmp_path}"]) == 1
+    streams = capsys.readouterr()
+    assert "GPTQ" in streams.out
+    assert "broken.json" in streams.err
+
+
+def test_help_needs_neither_torch_nor_pandas():
+    code = "import sys, harness.tables as t; t.main(['--help']); assert not {'torch', 'pandas'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(table.name in done.stdout for table in TABLES)
+
+
+def test_units_of_percent_are_not_scaled_twice():
+    run = record("gptq", 4)
+    percent = [
+        Measurement("accuracy", 41.5, "%", m.on, "higher") if m.metric == "accuracy" else m for m in run.measurements
+    ]
+    (block,) = blocks([replace(run, measurements=percent)])
+    assert rows_of(block)["GPTQ 4"]["cloze %"].value == "41.5"
