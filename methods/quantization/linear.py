@@ -1,0 +1,267 @@
+"""A linear layer whose weights are really packed integers.
+
+In memory and on disk it holds what compressed-tensors' `pack-quantized` format holds, under the same names, so its
+state is the checkpoint. It computes in one of three modes: from the packed state, from a dense copy (quality), or
+through the platform's packed kernel where there is one (speed).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.errors import RunError
+from methods.quantization.grids import IntegerGrid, Scales
+from methods.quantization.packing import pack, unpack, words
+
+DEQUANTISED = "dequantised"
+INT4 = "int4 packed (torch)"
+INT8 = "int8 packed (torch)"
+INT4_GROUPS = (256, 128, 64, 32)  # group sizes that torch's kernel accepts
+INT4_ROWS = 128  # from this many rows of input on, one dense product costs less than the packed kernel
+INT4_BLOCK = 64  # output channels that torch's operand interleaves where the CPU has AVX-512
+INT8_ROWS = 32
+
+Mode = Literal["stored", "scoring", "decoding"]
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + b with W [out_features, in_features] on an integer grid.
+
+    Buffers: `weight_packed` int32 [out, words]; `weight_scale` [out, G] (or [1]); `weight_zero_point` int32
+    [words(out), G], only for asymmetric grids; `weight_shape` int64 [2]; `bias`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        symmetric: bool,
+        group_size: int | Literal["tensor"] | None,
+        short_group: bool = False,
+        bias: bool = False,
+        scale_dtype: str = "float16",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.grid = IntegerGrid(bits, symmetric, group_size, short_group)
+        self.scale_dtype = getattr(torch, scale_dtype)
+        self.mode: Mode = "stored"
+        self.kernel = DEQUANTISED
+        self.operand_is_readable = False  # whether many rows of input may take the dense product
+        per_tensor = group_size == "tensor"
+        shape = (1,) if per_tensor else (out_features, self.grid.groups(in_features))
+        zeros = shape if per_tensor else (words(out_features, bits), shape[1])
+        empty = torch.empty
+        self.register_buffer("weight_packed", empty(out_features, words(in_features, bits), dtype=torch.int32))
+        self.register_buffer("weight_scale", empty(shape, dtype=self.scale_dtype))
+        if not symmetric:
+            self.register_buffer("weight_zero_point", empty(zeros, dtype=torch.int32))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+        self.register_buffer("bias", empty(out_features, dtype=self.scale_dtype) if bias else None)
+        self.register_buffer("dense", None, persistent=False)
+        self.register_buffer("operand", None, persistent=False)
+        self.register_buffer("operand_scale", None, persistent=False)
+
+    @classmethod
+    def from_codes(cls, linear: nn.Linear, codes: Tensor, scales: Scales, grid: IntegerGrid) -> QuantizedLinear:
+        """The layer that stands for `linear` with codes [out, in] on `grid`."""
+        rows, columns = codes.shape
+        made = cls(
+            columns,
+            rows,
+            grid.bits,
+            grid.symmetric,
+            grid.group_size,
+            grid.short_group,
+            bias=linear.bias is not None,
+            scale_dtype=str(scales.scale.dtype).removeprefix("torch."),
+        )
+        made.weight_packed = pack(codes, grid.bits)
+        made.weight_scale = scales.scale.reshape(made.weight_scale.shape).clone()
+        if not grid.symmetric:
+            zero = scales.zero.to(torch.uint8)
+            per_tensor = grid.group_size == "tensor"
+            made.weight_zero_point = (
+                zero.view(1).to(torch.int32) if per_tensor else pack(zero.t().contiguous(), grid.bits).t().contiguous()
+            )
+        made.weight_shape = made.weight_shape.to(codes.device)
+        if linear.bias is not None:
+            made.bias = linear.bias.detach().to(made.scale_dtype)
+        return made.train(linear.training)
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments that rebuild this layer with empty buffers."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.grid.bits,
+            "symmetric": self.grid.symmetric,
+            "group_size": self.grid.group_size,
+            "short_group": self.grid.short_group,
+            "bias": self.bias is not None,
+            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+        }
+
+    def compressed_tensors_scheme(self) -> dict[str, Any] | None:
+        """The `weights` of a compressed-tensors scheme; None where pack-quantized cannot say it."""
+        size = self.grid.group_size
+        if size == "tensor" or self.in_features % self.grid.width(self.in_features):
+            return None
+        return {
+            "num_bits": self.grid.bits,
+            "type": "int",
+            "symmetric": self.grid.symmetric,
+            "strategy": "channel" if size is None else "group",
+            "group_size": size,
+        }
+
+    @property
+    def weight_count(self) -> int:
+        """Weights that this layer stands for, the bias not among them."""
+        return self.in_features * self.out_features
+
+    def codes(self) -> Tensor:
+        """The integer codes, uint8 [out, in]."""
+        self._require_packed()
+        return unpack(self.weight_packed, self.grid.bits, self.in_features)
+
+    def scales(self) -> Scales:
+        """Scale and zero point of every group."""
+        self._require_packed()
+        scale = self.weight_scale.view(1, 1) if self.grid.group_size == "tensor" else self.weight_scale
+        if self.grid.symmetric:
+            return Scales(scale, torch.full_like(scale, 2 ** (self.grid.bits - 1), dtype=torch.int32))
+        if self.grid.group_size == "tensor":
+            return Scales(scale, self.weight_zero_point.view(1, 1))
+        zero = unpack(self.weight_zero_point.t().contiguous(), self.grid.bits, self.out_features)
+        return Scales(scale, zero.t().to(torch.int32))
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [out, in] as numbers: computed in float32, rounded once to `dtype`."""
+        return self.grid.decode(self.codes(), self.scales()).to(dtype)
+
+    @torch.no_grad()
+    def prepare(self, mode: Mode, dtype: torch.dtype) -> None:
+        """Get ready to compute in `dtype`.
+
+        stored: only the packed state in memory, weights are decoded at every call.
+        scoring: a dense copy beside it. decoding: the packed kernel's operand, or a dense copy where there is no
+        kernel, *instead* of the packed state; loading the artifact again is the way back.
+        """
+        if mode == "decoding" and self.mode == "decoding":
+            raise RunError("this layer is already prepared for decoding; load the artifact again to change its dtype")
+        self._require_packed()
+        self.dense = self.operand = self.operand_scale = None
+        self.kernel, self.mode = DEQUANTISED, mode
+        if mode == "stored":
+            return
+        if mode == "decoding":
+            self.kernel = decoding_kernel(
+                self.grid, self.in_features, self.out_features, self.weight_packed.device, dtype
+            )
+        if self.kernel == DEQUANTISED:
+            self.dense = self.dequantise(dtype)
+        elif self.kernel == INT8:
+            self.operand = (self.codes().to(torch.int16) - 128).to(torch.int8)
+            self.operand_scale = self.weight_scale.flatten().to(dtype)
+        else:
+            self.operand, self.operand_scale = self._int4_operand(dtype)
+        if mode == "decoding":
+            self.weight_packed = self.weight_scale = None
+            if not self.grid.symmetric:
+                self.weight_zero_point = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.operand is None:
+            weight = self.dequantise(x.dtype) if self.dense is None else self.dense
+            return functional.linear(x, weight, bias)
+        rows = x.reshape(-1, self.in_features)
+        y = self._int8(rows) if self.kernel == INT8 else self._int4(rows)
+        y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape, grid and kernel."""
+        return f"{self.in_features}, {self.out_features}, {self.grid}, kernel={self.kernel}"
+
+    def _require_packed(self) -> None:
+        if self.weight_packed is None:
+            raise RunError("the packed weights were dropped when decoding was prepared; load the artifact again")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Moves with the model, but keeps its types: scales are data of the format, not arithmetic."""
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        originals = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, originals[name].to(moved.device))
+        return self
+
+    def _int4_operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """torch's operand, and scale and offset [K / g, N, 2] with w = (slot - 8) * scale + offset."""
+        group = _int4_group(self.grid.width(self.in_features))
+        middle = 2 ** (self.grid.bits - 1)
+        codes = self.codes() + (8 - middle)  # in the middle of the 4-bit slot offsets are small, bfloat16 keeps them
+        operand = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        self.operand_is_readable = self.out_features % INT4_BLOCK == 0 and torch.equal(int4_codes(operand), codes.t())
+        scales = self.scales()
+        scale = scales.scale.float()
+        pairs = torch.stack([scale, scale * (middle - scales.zero)], -1)  # [N, G, 2]
+        pairs = pairs.expand(self.out_features, -1, -1).repeat_interleave(self.grid.width(self.in_features) // group, 1)
+        return operand, pairs.transpose(0, 1).to(dtype).contiguous()
+
+    def _int4(self, x: Tensor) -> Tensor:
+        group = self.in_features // self.operand_scale.shape[0]
+        if len(x) <= INT4_ROWS or not self.operand_is_readable:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.operand, group, self.operand_scale)
+        return x @ int4_dense(self.operand, self.operand_scale)
+
+    def _int8(self, x: Tensor) -> Tensor:
+        if len(x) <= INT8_ROWS:
+            return torch.ops.aten._weight_int8pack_mm(x, self.operand, self.operand_scale)
+        return functional.linear(x, self.operand.to(x.dtype)) * self.operand_scale
+
+
+def decoding_kernel(grid: IntegerGrid, columns: int, rows: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the kernel that decodes with W [rows, columns] on this platform; "dequantised" where there is none.
+
+    torch's CPU kernels are fast in bfloat16 only: in float32 they fall back to a loop that is slower than dense.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return DEQUANTISED
+    if grid.bits == 8 and grid.symmetric and grid.group_size is None:
+        return INT8
+    divides = columns % grid.width(columns) == 0
+    if grid.bits <= 4 and divides and rows % 16 == 0 and _int4_group(grid.width(columns)):
+        return INT4 if grid.bits == 4 else f"{INT4}, {grid.bits}-bit codes in 4-bit slots"
+    return DEQUANTISED
+
+
+def int4_codes(operand: Tensor) -> Tensor:
+    """Codes [K, N] out of torch's operand [N, K / 2]: in blocks of 64 channels, byte [k, i] holds i and i + 32.
+
+    That is the layout with AVX-512; elsewhere the answer is another permutation, so compare before relying on it.
+    """
+    rows = operand.shape[0]
+    nibbles = operand.view(rows // INT4_BLOCK, -1, INT4_BLOCK // 2)
+    return torch.cat([nibbles & 15, nibbles >> 4], -1).transpose(0, 1).reshape(-1, rows)
+
+
+def int4_dense(operand: Tensor, pairs: Tensor) -> Tensor:
+    """Wᵀ [K, N] out of torch's operand and its scales and offsets [K / g, N, 2]."""
+    codes = int4_codes(operand).view(pairs.shape[0], -1, pairs.shape[1]).to(pairs.dtype)
+    return ((codes - 8) * pairs[:, None, :, 0] + pairs[:, None, :, 1]).flatten(0, 1)
+
+
+def _int4_group(width: int) -> int | None:
+    """The largest group size of the kernel that divides `width`; scales are repeated to it."""
+    return next((size for size in INT4_GROUPS if width % size == 0), None)
