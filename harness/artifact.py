@@ -113,7 +113,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in stored:
             state[name] = tensor.to(dtype)
-    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    _, unexpected = module.load_state_dict(state, strict=False, assign=True)
     module.tie_weights()
     unset = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if unset or unexpected:

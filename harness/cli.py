@@ -9,12 +9,13 @@ Exit status: 0 all finished or already recorded; 1 something failed; 2 the reque
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from harness.run import CONF, Outcome, Paths, run
+from harness.errors import ConfigError
+from harness.records import RunRecord
+from harness.run import CONF, Outcome, Paths, make, run
 
 GROUPS = {  # the order in which help lists them
     "method": "how the model is made cheaper",
@@ -28,7 +29,6 @@ GROUPS = {  # the order in which help lists them
     "experiment": "ready-made sweeps",
 }
 PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "paths")
-OUTCOME_FILE = "outcome.json"
 USAGE = """\
 Compare LLM inference optimizations: one protocol, one record per run.
 
@@ -138,33 +138,36 @@ def _job(cfg: Any) -> None:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    from harness.sweep import remember
+
     hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     try:
         config, paths, force = resolve(cfg)
-    except OmegaConfBaseException as error:
+        tracker = make(config["tracker"], "tracker")
+    except (OmegaConfBaseException, ConfigError) as error:
         outcome = Outcome("refused", "configuration", str(error))
     else:
-        outcome = run(config, paths, force, say=lambda line: print(line, flush=True))
-        if outcome.record is not None and outcome.status in ("finished", "failed"):
-            _track(config["tracker"], outcome, paths, hydra_config)
+        group = f"sweep {folder.parent.name}" if sweeping else None
+
+        def track(record: RunRecord) -> None:
+            place = tracker.log(record, paths.results, group)
+            if place:
+                _say(f"  tracked: {place}")
+
+        outcome = run(config, paths, force, say=_say, track=track)
     _report(outcome)
     if sweeping:
-        _remember(outcome, Path(hydra_config.runtime.output_dir))
+        remember(outcome, folder)
         return
     if outcome.status in ("refused", "failed"):
         sys.exit(2 if outcome.status == "refused" else 1)
     print(_table([outcome]))
 
 
-def _track(tracker: dict[str, Any], outcome: Outcome, paths: Paths, hydra_config: Any) -> None:
-    """Hand the record to the tracker; whatever goes wrong there is a warning, never a failed run."""
-    from harness.run import make
-
-    sweep = Path(hydra_config.runtime.output_dir).parent.name
-    place = make(tracker, "tracker", {"group": sweep}).log(outcome.record, paths.results)
-    if place:
-        print(f"  tracked: {place}", flush=True)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _report(outcome: Outcome) -> None:
@@ -172,52 +175,10 @@ def _report(outcome: Outcome) -> None:
         print(f"{outcome.title}: {outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
     else:
         what = "already recorded" if outcome.status == "skipped" else "finished"
-        print(f"{outcome.title}: {what}, {outcome.path}", flush=True)
-
-
-def _remember(outcome: Outcome, folder: Path) -> None:
-    from harness.records import write_json_atomically
-
-    paths = [str(path) for path in (outcome.baseline, outcome.path) if path is not None]
-    entry = {"status": outcome.status, "title": outcome.title, "reason": outcome.reason, "records": paths}
-    write_json_atomically(entry, folder / OUTCOME_FILE)
+        _say(f"{outcome.title}: {what}, {outcome.path}")
 
 
 def _table(outcomes: list[Outcome]) -> str:
-    paths = [path for outcome in outcomes for path in (outcome.baseline, outcome.path) if path is not None]
-    return _table_of(paths)
+    from harness.sweep import table_of
 
-
-def _table_of(paths: list[Path]) -> str:
-    from harness.records import read_record
-    from harness.tables import summary_table
-
-    records = {path: read_record(path) for path in paths if path.exists()}
-    return f"\n{summary_table(list(records.values()))}" if records else ""
-
-
-class SweepSummary:
-    """Hydra callback: what a sweep did, its table, and an exit status that tells."""
-
-    def on_multirun_end(self, config: Any, **_: Any) -> None:
-        """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""
-        folder = Path(config.hydra.sweep.dir)
-        entries = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{OUTCOME_FILE}"))]
-        if not entries:
-            return
-        counts = {status: sum(entry["status"] == status for entry in entries) for status in OUTCOMES}
-        paths = dict.fromkeys(Path(path) for entry in entries for path in entry["records"])
-        print(_table_of(list(paths)))
-        print(f"\n{len(entries)} runs: " + ", ".join(f"{count} {OUTCOMES[s]}" for s, count in counts.items() if count))
-        for entry in entries:
-            if entry["status"] in ("failed", "refused"):
-                print(f"  {entry['title']}: {entry['status']}: {entry['reason']}")
-        if paths:
-            print(f"records: {next(iter(paths)).parent.parent}")
-        if counts["refused"] == len(entries):
-            sys.exit(2)
-        if counts["refused"] or counts["failed"]:
-            sys.exit(1)
-
-
-OUTCOMES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}
+    return table_of([path for outcome in outcomes for path in (outcome.baseline, outcome.path) if path is not None])

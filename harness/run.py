@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -80,10 +81,17 @@ class Parts:
     probes: list[Probe]
 
 
-def run(config: dict[str, Any], paths: Paths, force: bool = False, say: Callable[[str], None] = print) -> Outcome:
+def run(
+    config: dict[str, Any],
+    paths: Paths,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+    track: Callable[[RunRecord], None] | None = None,
+) -> Outcome:
     """Compress and measure as the resolved configuration says; leave a record.
 
     force: run again although a finished record is there (artifact and measurements are made anew).
+    track: called with every record that this call writes, the dense baseline's included.
     Failures of a stage become a record with status "failed"; configuration errors leave none.
     """
     title = describe(config)
@@ -105,7 +113,7 @@ def run(config: dict[str, Any], paths: Paths, force: bool = False, say: Callable
         return Outcome("failed", title, str(error))
     reference = None
     if compared:
-        reference = run(dense_twin(config), paths, force=False, say=say)
+        reference = run(dense_twin(config), paths, force=False, say=say, track=track)
         if reference.status not in ("finished", "skipped"):
             return Outcome("failed", title, f"its dense baseline failed: {reference.reason}")
         if reference.status == "finished":
@@ -113,6 +121,8 @@ def run(config: dict[str, Any], paths: Paths, force: bool = False, say: Callable
     say(f"{title}: compressing and measuring ({digest})")
     record = _measure(config, wanted, digest, parts, paths, reference, force, say)
     write_record(record, path)
+    if track is not None:
+        track(record)
     status = "finished" if record.status == "finished" else "failed"
     reason = record.failure.reason if record.failure else ""
     return Outcome(status, title, reason, record, path, reference.path if reference else None)
@@ -273,8 +283,6 @@ def _measure(
     say: Callable[[str], None],
 ) -> RunRecord:
     """Run the stages; a stage that fails makes the record a failed one."""
-    import shutil
-
     artifact = paths.scratch / "artifacts" / digest_of(compression_identity(wanted))
     samples = paths.results / "samples" / _safe(config["model"]["name"]) / digest
     kept = paths.scratch / "measurements" / digest
@@ -348,7 +356,7 @@ def _compress(
 
 
 def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any]:
-    """The compress stage (runs in a child process): load, compress, save; what it cost and where the model came from."""
+    """The compress stage, in a child process: load, compress, save; what it cost and where the model came from."""
     import torch
 
     from harness import artifact as artifacts
@@ -365,7 +373,10 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started, started_cpu = time.perf_counter(), time.process_time()
-    compressed = parts.method.compress(base, bench)
+    try:
+        compressed = parts.method.compress(base, bench)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     if on_gpu:
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu

@@ -54,7 +54,13 @@ def warm_up() -> None:
 
 
 def run_stage(
-    stage: str, function: Callable[..., Any], arguments: dict[str, Any], *, seconds_limit: float, threads: int, log: Path
+    stage: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    seconds_limit: float,
+    threads: int,
+    log: Path,
 ) -> StageResult:
     """Call `function(**arguments)` in a child process and wait for it.
 

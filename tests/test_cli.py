@@ -114,7 +114,6 @@ def test_every_compressed_run_names_its_baseline(swept):
 def test_quality_falls_with_bits_and_error_is_measured_against_dense(swept):
     by_run = {(r.card["name"], r.bits): r for _, r in read_records(swept[0])}
     dense = by_run["dense", None]
-    assert dense.value("kl_divergence") == 0
     for method in ("rtn", "gptq"):
         three, four = by_run[method, 3], by_run[method, 4]
         assert dense.value("perplexity") < four.value("perplexity") < three.value("perplexity")
