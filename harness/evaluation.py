@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from harness.records import Measurement, write_json_atomically
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
     from harness.environment import Hardware
     from harness.method import LanguageModel, Progress
-    from harness.records import Measurement
 
 Stage = Literal["evaluate", "time"]
 
@@ -43,3 +46,47 @@ class Probe(Protocol):
 
     def measure(self, lm: LanguageModel, context: Context) -> Iterable[Measurement]:
         """The measurements, in the order a reader expects them."""
+
+
+def run_probes(
+    probes: Sequence[Probe], lm: LanguageModel, context: Context, stage: Stage, kept: Path
+) -> list[Measurement]:
+    """What the probes of one stage measure, in their order; the engine is prepared for that stage first.
+
+    Each probe's measurements are kept in `kept/<index>-<class>.json` as soon as it is done, and a probe found there
+    is not run again: an evaluation that was killed goes on where it stopped.
+    A probe with a true `ends_stage` leaves the model in another state and therefore runs after the others.
+    """
+    files = {
+        kept / f"{index}-{type(probe).__name__}.json": probe
+        for index, probe in enumerate(probes)
+        if probe.stage == stage
+    }
+    remaining = [path for path in files if not path.exists()]
+    if remaining:
+        import torch
+
+        hardware = context.hardware
+        if stage == "evaluate":
+            lm.engine.prepare("scoring", getattr(torch, hardware.scoring_dtype))
+        else:
+            lm.engine.prepare("decoding", getattr(torch, hardware.resolved_decoding_dtype()))
+    for path in sorted(remaining, key=lambda path: getattr(files[path], "ends_stage", False)):
+        measured = [_plain(measurement) for measurement in files[path].measure(lm, context)]
+        write_json_atomically(measured, path)
+    return [_measurement(data) for path in files for data in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _plain(measurement: Measurement) -> dict[str, Any]:
+    """Plain JSON values; NaN and infinity, which JSON lacks, become None."""
+    data = asdict(measurement)
+    if data["value"] is not None and not isfinite(data["value"]):
+        data["value"] = None
+    if data["interval"] is not None and not all(map(isfinite, data["interval"])):
+        data["interval"] = None
+    return data
+
+
+def _measurement(data: dict[str, Any]) -> Measurement:
+    interval = data["interval"]
+    return Measurement(**{**data, "interval": None if interval is None else tuple(interval)})

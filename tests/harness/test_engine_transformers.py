@@ -126,7 +126,8 @@ def test_layers_that_prepare_themselves_are_not_cast():
     module.model.layers[0].mlp.up_proj = layer = Prepared(32, 64, bias=False)
     engine = TransformersEngine(module)
     engine.prepare("decoding", torch.bfloat16)
-    assert layer.seen == ("decoding", torch.bfloat16) and layer.weight.dtype == torch.float32
+    assert layer.seen == ("decoding", torch.bfloat16)
+    assert layer.weight.dtype == torch.float32
     assert engine.kernels() == "made up, bfloat16"
 
 

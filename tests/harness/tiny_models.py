@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from harness.engines.transformers import TransformersEngine
+from harness.environment import Hardware
+from harness.evaluation import Context
 from harness.method import LanguageModel
+from harness.progress import NoProgress
 
 VOCABULARY = 300
 SHAPE = {
@@ -48,3 +51,29 @@ def language_model(seed: int = 0, **changes) -> LanguageModel:
 
 def token_ids(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 256, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+class Text:
+    """A corpus of given text, with the methods of a corpus that probes use."""
+
+    name = evaluation_name = "made-up text"
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def evaluation_tokens(self, tokenizer) -> torch.Tensor:
+        return torch.tensor(tokenizer(self.text)["input_ids"])
+
+
+def context(folder, text: str = "", dense=None, **hardware) -> Context:
+    """A probe's context whose files live under `folder`; `dense` is the samples folder of the dense run."""
+    return Context(
+        corpus=Text(text),
+        hardware=Hardware("cpu", threads=1, **hardware),
+        artifact=folder / "artifact",
+        samples=folder / "samples",
+        reference=dense,
+        cache=folder / "cache",
+        seed=0,
+        progress=NoProgress(),
+    )
