@@ -1,0 +1,228 @@
+"""What W&B gets, that it gets it without network, and that it can never harm a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_records import QUICK, failed, record
+from wandb_stand_in import StandIn
+
+from harness import tracking
+from harness.records import read_record
+from harness.tracking import NoTracker, WandbTracker, flat_config, metric_name, summary, tags
+
+WANDB_VARIABLES = [name for name in os.environ if name.startswith("WANDB_")]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    for name in WANDB_VARIABLES:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    stand_in = StandIn()
+    monkeypatch.setenv("WANDB_BASE_URL", stand_in.url)
+    yield stand_in
+    stand_in.stop()
+
+
+def logged_elsewhere(record_path: Path, results: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
+    """Log a record in a process of its own: the SDK keeps settings for as long as a process lives."""
+    code = (
+        "import sys; from pathlib import Path; from harness.records import read_record; from harness.tracking import *\n"
+        f"print(WandbTracker('project', mode={mode!r}, group='sweep-1')"
+        f".log(read_record(Path({str(record_path)!r})), Path({str(results)!r})))"
+    )
+    variables = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=variables)
+
+
+def inspect(folder: str) -> dict:
+    """What the SDK's own reader finds in an offline run."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder with the samples of a run: outcomes, and a cached tensor that is not one."""
+    run = record("gptq", 4, loss=0.03)
+    samples = tmp_path / "results" / run.samples
+    samples.mkdir(parents=True)
+    (samples / "tokens.parquet").write_bytes(b"outcomes of tokens")
+    (samples / "reference.safetensors").write_bytes(b"x" * 1000)
+    return tmp_path / "results"
+
+
+def test_offline_run_reads_back_as_the_record(results):
+    run = record("gptq", 4, loss=0.03)
+    place = WandbTracker("project", group="sweep-1").log(run, results)
+    found = inspect(place)
+    assert found["run_id"] == run.id
+    assert found["state"] == "finished"
+    assert set(found["tags"]) == {"gptq", "4bit", "quantization", "finished"}
+    assert {name: found["config"][name] for name in ("method", "bits", "model", "hardware", "seed")} == {
+        "method": "gptq", "bits": 4, "model": run.model, "hardware": "cpu", "seed": 0
+    }  # fmt: skip
+    for measurement in run.measurements:
+        assert found["summary"][metric_name(measurement)] == pytest.approx(measurement.value)
+
+
+def test_offline_run_carries_record_and_outcomes_in_its_own_folder(results):
+    run = record("gptq", 4, loss=0.03)
+    files = Path(WandbTracker("project").log(run, results)) / "files"
+    assert read_record(files / "record.json") == run
+    assert (files / "samples" / "tokens.parquet").read_bytes() == b"outcomes of tokens"
+    assert not (files / "samples" / "tokens.parquet").is_symlink()
+    assert not list(files.rglob("*.safetensors"))
+
+
+def test_everything_stays_below_the_results_folder(results, tmp_path):
+    WandbTracker("project").log(record("gptq", 4), results)
+    assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.wandb"))
+    assert list((results / "scratch").rglob("*.wandb"))
+
+
+def test_the_environment_is_left_as_it_was(results):
+    before = dict(os.environ)
+    WandbTracker("project").log(record("gptq", 4), results)
+    assert {k: v for k, v in os.environ.items() if k.startswith("WANDB_") and "SERVICE" not in k} == {
+        k: v for k, v in before.items() if k.startswith("WANDB_") and "SERVICE" not in k
+    }
+
+
+def test_failed_runs_are_logged_as_failed(results):
+    run = failed(record("awq", 3), "out of memory")
+    found = inspect(WandbTracker("project").log(run, results))
+    assert found["state"] == "failed"
+    assert found["summary"]["failure_reason"] == "out of memory"
+    assert "failed" in found["tags"]
+
+
+def test_offline_asks_no_server(results, server, tmp_path):
+    run = record("gptq", 4)
+    path = _write(run, tmp_path)
+    done = logged_elsewhere(path, results, "offline", WANDB_API_KEY="a" * 40)
+    assert "offline-run" in done.stdout, done.stderr
+    assert not server.runs
+    assert not server.streams
+
+
+def test_online_sends_the_record_to_the_server(results, server, tmp_path):
+    run = record("gptq", 4, loss=0.03)
+    done = logged_elsewhere(_write(run, tmp_path), results, "online", WANDB_API_KEY="a" * 40)
+    assert run.id in done.stdout, done.stderr
+    sent = server.runs[run.id]
+    assert sent["groupName"] == "sweep-1"
+    assert json.loads(sent["config"])["method"]["value"] == "gptq"
+    last = [
+        c["files"]["wandb-summary.json"]["content"][-1]
+        for c in server.streams[run.id]
+        if "wandb-summary.json" in (c.get("files") or {})
+    ][-1]
+    assert json.loads(last)[metric_name(run.find("perplexity"))] == pytest.approx(run.value("perplexity"))
+    assert server.files["samples/tokens.parquet"] == b"outcomes of tokens"
+    assert not server.unknown
+
+
+def test_online_without_an_answer_is_logged_offline_at_once(results, tmp_path):
+    with socket.socket() as closed:  # a port that nobody listens on
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        done = logged_elsewhere(
+            _write(record("gptq", 4), tmp_path), results, "online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url
+        )
+    assert "offline-run" in done.stdout
+    assert "does not answer" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_online_without_a_key_neither_prompts_nor_fails(results, server, tmp_path):
+    done = logged_elsewhere(_write(record("gptq", 4), tmp_path), results, "online")
+    assert "offline-run" in done.stdout
+    assert "has no key" in done.stderr
+    assert not server.runs
+
+
+def test_wandb_mode_of_the_environment_wins(results, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert WandbTracker("project", mode="online").log(record("gptq", 4), results) is None
+    assert not (results / "scratch").exists()
+
+
+def test_a_sweep_agents_run_id_is_obeyed(results, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agent7")
+    assert inspect(WandbTracker("project").log(record("gptq", 4), results))["run_id"] == "agent7"
+
+
+def test_a_broken_tracker_is_one_line_of_warning(results, monkeypatch, capsys):
+    def broken(*_args, **_options):
+        raise RuntimeError("the disk\nis full")
+
+    monkeypatch.setattr("wandb.init", broken)
+    assert WandbTracker("project").log(record("gptq", 4), results) is None
+    warning = capsys.readouterr().err
+    assert "the disk is full" in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_run_that_breaks_after_it_started_is_closed(results, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_attach", lambda *_: 1 / 0)
+    assert WandbTracker("project").log(record("gptq", 4), results) is None
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    import wandb
+
+    assert wandb.run is None
+
+
+def test_too_many_bytes_of_outcomes_stay_where_they_are(results, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "OUTCOME_BYTES_LIMIT", 5)
+    files = Path(WandbTracker("project").log(record("gptq", 4, loss=0.03), results)) / "files"
+    assert not (files / "samples").exists()
+    assert "stay in" in capsys.readouterr().err
+
+
+def test_no_tracker_does_nothing(tmp_path):
+    assert NoTracker(group="sweep").log(record("gptq", 4), tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_is_flat_and_loses_nothing():
+    config = flat_config(record("gptq", 4, method={"order": [1, 2], "nested": {"a.b": {"deep": 1.5}}}))
+    assert all(isinstance(value, str | int | float | bool | None) for value in config.values())
+    assert not any("." in name or "/" in name for name in config)
+    assert config["method_grid_group_size"] == 64
+    assert config["method_nested_a_b_deep"] == 1.5
+    assert config["method_order"] == "1, 2"
+
+
+def test_summary_has_every_number_under_a_name_of_its_own():
+    run = record("gptq", 4)
+    numbers = summary(run)
+    assert len({metric_name(m) for m in run.measurements}) == len(run.measurements)
+    assert all(numbers[metric_name(m)] == m.value for m in run.measurements)
+    name = metric_name(run.find("perplexity"))
+    assert name.startswith("perplexity_wikipedia_sample")
+    assert QUICK.split()[-2] in name
+    assert (numbers[f"{name}_low"], numbers[f"{name}_high"]) == run.find("perplexity").interval
+
+
+def test_tags_fit_wandb():
+    assert all(0 < len(tag) <= 64 for tag in tags(record("x" * 100, 4)))
+
+
+def _write(run, folder: Path) -> Path:
+    from harness.records import write_record
+
+    return write_record(run, folder / "record.json")
