@@ -203,9 +203,8 @@ def _attach(run: wandb.Run, record: RunRecord, folder: Path) -> None:
     files = sorted(p for p in source.rglob("*") if p.is_file() and p.suffix in OUTCOME_SUFFIXES)
     size = sum(file.stat().st_size for file in files)
     if size > OUTCOME_BYTES_LIMIT:
-        _warn(
-            f"outcomes of {record.id} stay in {source}: {size / 1e6:.0f} MB, more than {OUTCOME_BYTES_LIMIT / 1e6:.0f}"
-        )
+        limit = OUTCOME_BYTES_LIMIT / 1e6
+        _warn(f"outcomes of {record.id} stay in {source}: {size / 1e6:.0f} MB, more than the {limit:.0f} that W&B gets")
         return
     for file in files:
         copy = place / "samples" / file.relative_to(source)
@@ -224,7 +223,7 @@ def _requested_mode(mode: str) -> str:
 
 
 def _obstacle() -> str:
-    """Why nothing can be uploaded now; empty when nothing stands in the way. Asks before the SDK would wait or prompt."""
+    """Why nothing can be uploaded now, or nothing. Found out before the SDK would wait or prompt."""
     import urllib.error
     import urllib.request
 

@@ -39,7 +39,7 @@ def server(monkeypatch):
 def logged_elsewhere(record_path: Path, results: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
     """Log a record in a process of its own: the SDK keeps settings for as long as a process lives."""
     code = (
-        "import sys; from pathlib import Path; from harness.records import read_record; from harness.tracking import *\n"
+        "from pathlib import Path; from harness.records import read_record; from harness.tracking import WandbTracker\n"
         f"print(WandbTracker('project', mode={mode!r}, group='sweep-1')"
         f".log(read_record(Path({str(record_path)!r})), Path({str(results)!r})))"
     )
@@ -126,11 +126,8 @@ def test_online_sends_the_record_to_the_server(results, server, tmp_path):
     sent = server.runs[run.id]
     assert sent["groupName"] == "sweep-1"
     assert json.loads(sent["config"])["method"]["value"] == "gptq"
-    last = [
-        c["files"]["wandb-summary.json"]["content"][-1]
-        for c in server.streams[run.id]
-        if "wandb-summary.json" in (c.get("files") or {})
-    ][-1]
+    sent_files = [chunk.get("files") or {} for chunk in server.streams[run.id]]
+    last = [files["wandb-summary.json"]["content"][-1] for files in sent_files if "wandb-summary.json" in files][-1]
     assert json.loads(last)[metric_name(run.find("perplexity"))] == pytest.approx(run.value("perplexity"))
     assert server.files["samples/tokens.parquet"] == b"outcomes of tokens"
     assert not server.unknown

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StandIn:
-    """Serves on a free port until `stop`. `runs`: id → what was registered; `files`: path → bytes; `unknown`: the rest."""
+    """Serves on a free port until `stop`. runs: id → what was registered; files: name → bytes; unknown: the rest."""
 
     def __init__(self) -> None:
         self.runs, self.streams, self.files, self.unknown = {}, {}, {}, []
