@@ -143,16 +143,16 @@ def _job(cfg: Any) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
+    group = f"sweep {folder.parent.name}" if sweeping else None
     try:
         config, paths, force = resolve(cfg)
-        tracker = make(config["tracker"], "tracker")
+        tracker = make(config["tracker"], "tracker", {"group": group})
     except (OmegaConfBaseException, ConfigError) as error:
         outcome = Outcome("refused", "configuration", str(error))
     else:
-        group = f"sweep {folder.parent.name}" if sweeping else None
 
         def track(record: RunRecord) -> None:
-            place = tracker.log(record, paths.results, group)
+            place = tracker.log(record, paths.results)
             if place:
                 _say(f"  tracked: {place}")
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 DIGEST_LENGTH = 12
+PROTOCOL = 1  # raised when the same configuration would give other numbers than before: old records stay, none is reused
 STAGE_REPORT = "stage.json"
 
 
@@ -196,6 +197,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         kept["calibration"] = None
     kept["corpus"] = corpus
     kept["card"] = {key: config["card"].get(key) for key in ("name", "version")}
+    kept["protocol"] = PROTOCOL
     kept["machine"] = environment.machine_fingerprint()
     return kept
 
@@ -226,6 +228,7 @@ def _file_state(path: Path) -> Any:
 def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
     """What a compressed model depends on: everything but the evaluation."""
     kept = {key: wanted[key] for key in ("card", "method", "model", "calibration", "seed", "machine")}
+    kept["protocol"] = PROTOCOL
     kept["text"] = wanted["corpus"].get("calibration")
     kept["arithmetic"] = {key: wanted["hardware"].get(key) for key in ("device", "scoring_dtype", "threads")}
     return kept

@@ -60,26 +60,35 @@ def linears_in(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules(prefix=prefix) if is_linear(child)}
 
 
-def require_linears(module: nn.Module) -> None:
-    """Raise ConfigError when weight matrices of the blocks are not linears, naming the module and the way out.
+def plain_linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of the blocks (see `block_linears`), for a method that is about to compress them.
 
+    Raises ConfigError, naming the module and the way out, when a weight matrix of a block is not a plain nn.Linear.
     GPT-2's Conv1D stores its matrix transposed and fused experts are 3-D parameters: compressing "every linear"
     would silently skip most of such a model.
     """
     prefix, blocks = decoder_blocks(module)
+    found: dict[str, nn.Linear] = {}
     for name, child in blocks.named_modules(prefix=prefix):
-        if is_linear(child) or isinstance(child, nn.Embedding):
-            continue
-        for key, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim < 2:
-                continue
-            kind = "fused experts" if parameter.ndim > 2 else type(child).__name__
+        if isinstance(child, nn.Linear):
+            found[name] = child
+        elif is_linear(child):
+            raise ConfigError(f"{name} is already compressed ({type(child).__name__}); compress a model once")
+        elif not isinstance(child, nn.Embedding):
+            _require_no_matrix(name, child)
+    if not found:
+        raise ConfigError(f"{prefix}: the blocks contain no nn.Linear; choose another model, or method=dense")
+    return found
+
+
+def _require_no_matrix(name: str, module: nn.Module) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 2:
+            kind = "fused experts" if parameter.ndim > 2 else type(module).__name__
             raise ConfigError(
                 f"{name}: parameter {key} of shape {list(parameter.shape)} ({kind}) is not an nn.Linear and cannot be "
                 "compressed layer by layer; choose a model whose blocks are made of nn.Linear, or method=dense"
             )
-    if not linears_in(blocks, prefix):
-        raise ConfigError(f"{prefix}: the blocks contain no nn.Linear; choose another model, or method=dense")
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

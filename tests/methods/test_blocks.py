@@ -15,8 +15,8 @@ from methods.blocks import (
     gain_offset,
     input_groups,
     norm_readers,
+    plain_linears,
     record_blocks,
-    require_linears,
     watching,
 )
 
@@ -128,13 +128,13 @@ def test_gemma_norms_multiply_by_one_plus_weight(name, offset):
 def test_conv1d_and_fused_experts_are_refused_by_name():
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97))
     with pytest.raises(ConfigError, match=r"transformer\.h\.0\..*Conv1D.*nn\.Linear"):
-        require_linears(gpt2)
+        plain_linears(gpt2)
     fields = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     mixtral = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mixtral", vocab_size=97, num_key_value_heads=2, num_local_experts=2, **fields)
     )
     with pytest.raises(ConfigError, match=r"model\.layers\.0\..*nn\.Linear"):
-        require_linears(mixtral)
+        plain_linears(mixtral)
 
 
 def test_a_model_that_works_between_blocks_is_refused():
