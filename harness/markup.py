@@ -23,7 +23,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "`": r"\textasciigrave{}",
     "≈": r"$\approx$",
     "✗": r"$\times$",
@@ -38,6 +38,8 @@ _LATEX = {
     "…": r"\ldots{}",
     "‖": r"$\|$",
 }
+# Letters of Latin-1 that TeX's default encoding has: the rest would stop pdflatex.
+_LATEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - set("ÐðÞþ×÷")
 
 
 def plain(text: str) -> str:
@@ -66,7 +68,7 @@ def latex(text: str) -> str:
 def _latex_character(character: str) -> str:
     if character in _LATEX:
         return _LATEX[character]
-    if character.isascii() or unicodedata.name(character, "").startswith("LATIN"):
+    if character.isascii() or character in _LATEX_LETTERS:
         return character
     return f"[U+{ord(character):04X}]"
 

@@ -200,6 +200,7 @@ thead th { border-bottom: 2px solid currentColor; vertical-align: bottom; }
 tr.group th { text-align: left; background: var(--soft); font-weight: 600; }
 tbody tr:hover td { background: var(--soft); }
 small { opacity: .7; }
+sup { line-height: 0; }
 """
 
 

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -388,8 +389,11 @@ def _short_names(workloads: list[str]) -> dict[str, str]:
 
 def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
     measurement = _measured(record, column)
-    if measurement is None or measurement.value is None:
+    if measurement is None:
         return Cell()
+    collapsed = COLLAPSED if "collapsed" in measurement.note else ""
+    if measurement.value is None:
+        return Cell(sign=collapsed)
     quantity = column.quantity
     scale = 1.0 if measurement.unit == "%" else quantity.scale
     interval = half_width = ""
@@ -398,7 +402,7 @@ def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
         interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
         half_width = f"±{_significant(2)((high - low) / 2)}"
     same = quantity.metric == "perplexity" and _same_as_dense(record, measurement.on)
-    sign = " ".join(filter(None, [SAME_AS_DENSE * same, COLLAPSED * ("collapsed" in measurement.note)]))
+    sign = f"{SAME_AS_DENSE if same else ''} {collapsed}".strip()
     return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
 
 
@@ -599,7 +603,8 @@ def to_csv(records: Iterable[RunRecord]) -> str:
     """`frame` as CSV; text that a spreadsheet would run as a formula is quoted."""
     table = frame(records)
     words = [column for column in table.columns if column not in ("bits", "value", "low", "high")]
-    table[words] = table[words].map(lambda cell: markup.csv(cell) if isinstance(cell, str) else cell)
+    escaped = cache(markup.csv)  # the same few words stand in every row
+    table[words] = table[words].map(lambda cell: escaped(cell) if isinstance(cell, str) else cell)
     return table.to_csv(index=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -279,6 +280,16 @@ def test_markdown_of_a_hostile_name_keeps_its_table(hostile):
     assert not re.search(r"^# h", text, re.MULTILINE)
 
 
+def test_a_markdown_renderer_sees_a_table_and_nothing_else(hostile):
+    renderer = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    reader = Reader()
+    reader.feed(renderer.render(to_markdown("Table", blocks(hostile), width=1000)))
+    assert set(reader.tags) <= {"h2", "h3", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "em", "strong"}
+    assert reader.tags.count("table") == 1
+    assert reader.tags.count("th") == 14
+    assert "".join(reader.text).count("<script>alert(1)</script>") >= 2, "shown as text"
+
+
 def test_latex_of_a_hostile_name_has_no_live_command(hostile):
     text = to_latex("Table", blocks(hostile))
     assert "\\input" not in text
@@ -288,6 +299,26 @@ def test_latex_of_a_hostile_name_has_no_live_command(hostile):
         "}"
     )
     assert text.isascii()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(hostile, tmp_path):
+    odd = record("gptq", 4, model='łódź "quoted" 模型 ÿþ~^^M')
+    (tmp_path / "table.tex").write_text(to_latex("Table", blocks([*sweep(), *hostile, odd])), encoding="utf-8")
+    page = "\\documentclass{article}\\begin{document}\\input{table}\\end{document}"
+    (tmp_path / "page.tex").write_text(page, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_perplexity_that_is_no_number_is_an_empty_cell_with_its_sign():
+    run = record("rtn", 2)
+    first, *rest = run.measurements
+    lost = replace(first, value=None, interval=None, note="collapsed: losses are not finite")
+    (block,) = blocks([record("dense"), replace(run, measurements=[lost, *rest])])
+    cell = rows_of(block)["RTN 2"]["PPL"]
+    assert (cell.value, cell.sign) == ("", "✗")
 
 
 def test_csv_has_every_measurement_unrounded():
