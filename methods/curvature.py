@@ -1,0 +1,310 @@
+"""Second moments of what linears read, and the column solver that GPTQ, OWQ, SpQR and SparseGPT share.
+
+For a linear with inputs x the squared output error of a change ΔW is tr(ΔW H ΔWᵀ) with H = Σ x xᵀ: all that these
+methods need to know about the calibration text. Linears that read one tensor share one H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import RunError
+from methods.blocks import Block, input_groups
+
+PANEL_COLUMNS = 192  # of the symmetric product that are computed at a time
+INNER_COLUMNS = 16  # columns after which the rest of a lazy block is brought up to date
+THREADED_MULTIPLICATIONS = 2**29  # a CPU product below this takes milliseconds; waiting threads would burn as much
+MAXIMUM_DAMPING_RETRIES = 6
+
+Project = Callable[[Tensor, int, Callable[[int, int], Tensor]], Tensor]
+Change = Callable[[list[str], "Moments"], None]
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass
+class Moments:
+    """Statistics of one distinct input x [N, C], summed over all tokens, in float32.
+
+    matrix: whether Σ x xᵀ is collected; magnitudes: whether Σ|x| and max|x| are.
+    """
+
+    width: int
+    device: torch.device
+    matrix: bool = True
+    magnitudes: bool = False
+    tokens: int = field(default=0, init=False)
+    _upper: Tensor | None = field(default=None, init=False, repr=False)  # [C, C], right on and above the diagonal
+    _absolute: Tensor | None = field(default=None, init=False, repr=False)  # [C]
+    _largest: Tensor | None = field(default=None, init=False, repr=False)  # [C]
+
+    def __post_init__(self) -> None:
+        if self.matrix:
+            self._upper = torch.zeros(self.width, self.width, device=self.device)
+        if self.magnitudes:
+            self._absolute = torch.zeros(self.width, device=self.device)
+            self._largest = torch.zeros(self.width, device=self.device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in the inputs x [N, C]."""
+        x = x.float()
+        self.tokens += len(x)
+        if self.matrix:
+            _add_product(self._upper, x)
+        if self.magnitudes:
+            absolute = x.abs()
+            self._absolute += absolute.sum(0)
+            torch.maximum(self._largest, absolute.amax(0), out=self._largest)
+
+    def second(self) -> Tensor:
+        """Mean of x xᵀ over tokens, symmetric [C, C]."""
+        return (self._upper.triu() + self._upper.triu(1).T) / max(self.tokens, 1)
+
+    def squares(self) -> Tensor:
+        """Mean of x² per channel [C]."""
+        return self._upper.diagonal() / max(self.tokens, 1)
+
+    def mean_magnitude(self) -> Tensor:
+        """Mean of |x| per channel [C]."""
+        return self._absolute / max(self.tokens, 1)
+
+    def largest(self) -> Tensor:
+        """Maximum of |x| per channel [C]."""
+        return self._largest
+
+
+def _add_product(upper: Tensor, x: Tensor) -> None:
+    """upper += xᵀ x on and above the diagonal; below it panels are left out, which saves nearly half on a CPU."""
+    if x.device.type != "cpu":
+        upper.addmm_(x.T, x)  # one large product is faster there than half of it in panels
+        return
+    for first in range(0, x.shape[1], PANEL_COLUMNS):
+        upper[first : first + PANEL_COLUMNS, first:].addmm_(x[:, first : first + PANEL_COLUMNS].T, x[:, first:])
+
+
+class _Enough(Exception):
+    """The forward of a block has gone as far as it is needed."""
+
+
+def calibrate_block(
+    block: Block,
+    hidden: Sequence[Tensor],
+    change: Change,
+    sequential: Literal["linear", "block"],
+    last: bool,
+    magnitudes: bool = False,
+) -> list[Tensor]:
+    """Call `change(names, moments)` for every group of linears that share an input; return the block's outputs.
+
+    hidden: chunks [B, T, H]. `change` alters the linears called `names` in place.
+    sequential="linear": each group sees inputs that went through the changed groups before it. If all windows are in
+    one chunk, that takes a single forward: each group is changed the moment its input arrives, and the forward goes
+    on with the changed weights. With several chunks the block is run again up to each group.
+    sequential="block": all groups see the unchanged block; a second pass gives the outputs.
+    last: nobody reads the outputs, so none are computed.
+    """
+    linears = block.linears()
+    groups = input_groups(block)
+    moments = [
+        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, magnitudes=magnitudes)
+        for names in groups
+    ]
+    if sequential == "linear" and len(hidden) == 1:
+
+        def arrive(index: int, x: Tensor) -> None:
+            moments[index].add(x)
+            change(groups[index], moments[index])
+            moments[index] = None  # this matrix is not needed again
+            if last and index == len(groups) - 1:
+                raise _Enough
+
+        return _run(block, hidden, linears, groups, arrive)
+    stops = range(len(groups)) if sequential == "linear" else [len(groups) - 1]
+    first = 0
+    for stop in stops:
+
+        def collect(index: int, x: Tensor, first: int = first, stop: int = stop) -> None:
+            if first <= index:
+                moments[index].add(x)
+            if index == stop:
+                raise _Enough
+
+        _run(block, hidden, linears, groups, collect)
+        for index in range(first, stop + 1):
+            change(groups[index], moments[index])
+            moments[index] = None
+        first = stop + 1
+    return [] if last else block(hidden)
+
+
+def _run(
+    block: Block,
+    hidden: Sequence[Tensor],
+    linears: dict[str, nn.Module],
+    groups: list[list[str]],
+    see: Callable[[int, Tensor], None],
+) -> list[Tensor]:
+    """Run every chunk through the block; `see(group index, x [N, C])` at each distinct input, and may end the chunk."""
+    outputs = []
+    with ExitStack() as stack:
+        for index, names in enumerate(groups):
+
+            def hook(_module: nn.Module, args: tuple, index: int = index) -> None:
+                see(index, args[0].flatten(0, -2))
+
+            stack.callback(linears[names[0]].register_forward_pre_hook(hook).remove)
+        for index, chunk in enumerate(hidden):
+            try:
+                outputs.append(block.run(index, chunk))
+            except _Enough:
+                continue
+    return outputs
+
+
+def windows_that_fit(block: nn.Module, windows: Tensor, gib: float) -> int:
+    """How many calibration windows [S, T] may go through a block at once within `gib` GiB of activations.
+
+    Counts the inputs and outputs of all linears as alive together, twice: for what lies between them.
+    """
+    sizes = [m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
+    itemsize = next(block.parameters()).element_size()
+    per_window = 2 * sum(sizes) * itemsize * windows.shape[1]
+    return max(1, min(len(windows), int(gib * 2**30 / per_window)))
+
+
+# ------------------------------------------------------------------------------------------------- column solver
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A solved weight and how it was reached."""
+
+    weight: Tensor  # [R, C]
+    error: Tensor  # [R], tr(ΔW H ΔWᵀ) by row, with the damped H
+    damping: float  # that made H positive definite
+    retries: int  # how often it had to be raised
+
+
+def sweep_columns(
+    weight: Tensor,
+    moment: Tensor,
+    project: Project,
+    damping: float = 0.01,
+    block_columns: int = 128,
+    order: Tensor | None = None,
+) -> Sweep:
+    """Replace columns of W [R, C] one by one by `project`, spreading each error over the columns still to come.
+
+    project(column [R], k, current) -> [R]: what column k (its index in `weight`) becomes, given its present value;
+    `current(first, last)` are the present values [R, last - first] of columns at positions first..last of the sweep.
+    moment: H [C, C]; damping: fraction of its mean diagonal added to the diagonal.
+    order: positions -> column index; None sweeps from left to right.
+    A column that is never active (H_jj = 0) becomes zero. Updates beyond a block of `block_columns` are one product.
+
+    With H⁻¹ = Uᵀ U, U upper triangular: e_j = (w_j - q_j) / U_jj, and w_k -= e_j U_jk for every k > j
+    (Frantar et al. 2022, Algorithm 1); Σ e² is the error.
+    """
+    columns = weight.shape[1]
+    order = torch.arange(columns, device=weight.device) if order is None else order
+    moment = moment[order][:, order]
+    dead = moment.diagonal() == 0
+    moment.diagonal()[dead] = 1
+    work = weight.T[order]  # [C, R]: a column of W is contiguous; indexing copies
+    work[dead] = 0
+    factor, used, retries = inverse_factor(moment, damping)
+    pivots = factor.diagonal().tolist()
+    indices = order.tolist()
+    error = weight.new_zeros(weight.shape[0])
+    for first in range(0, columns, block_columns):
+        last = min(first + block_columns, columns)
+        errors = weight.new_empty(last - first, weight.shape[0])
+        with _threads_for(work.shape[1] * block_columns**2):
+            for inner in range(first, last, INNER_COLUMNS):
+                end = min(inner + INNER_COLUMNS, last)
+                for j in range(inner, end):
+                    current = partial(_present_values, work, factor, errors, (first, inner, end, last), j)
+                    column = work[j]
+                    projected = project(column, indices[j], current)
+                    scaled = torch.sub(column, projected, out=errors[j - first]).div_(pivots[j])
+                    column.copy_(projected)
+                    work[j + 1 : end].addr_(factor[j, j + 1 : end], scaled, alpha=-1)
+                work[end:last].addmm_(factor[inner:end, end:last].T, errors[inner - first : end - first], alpha=-1)
+        with _threads_for(errors.numel() * (columns - last)):
+            work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+        error += errors.square().sum(0)
+    solved = torch.empty_like(weight)
+    solved[:, order] = work.T
+    return Sweep(solved, error, used, retries)
+
+
+@contextmanager
+def _threads_for(multiplications: int) -> Iterator[None]:
+    """One CPU thread for work so small that threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    if multiplications < THREADED_MULTIPLICATIONS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _present_values(
+    work: Tensor, factor: Tensor, errors: Tensor, bounds: tuple[int, int, int, int], j: int, start: int, stop: int
+) -> Tensor:
+    """Columns at positions start..stop as they are when position j is reached: with the updates still pending.
+
+    Positions before `end` are up to date; the errors since `inner` are pending up to `last`, all since `first` beyond.
+    """
+    first, inner, end, last = bounds
+    values = work[start:stop].clone()
+    for pending, low, high in ((inner, end, last), (first, last, len(work))):
+        low, high = max(low, start), min(high, stop)
+        if low < high and pending < j:
+            update = factor[pending:j, low:high].T @ errors[pending - first : j - first]
+            values[low - start : high - start] -= update
+    return values.T
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """Upper triangular U with (H + λ mean(diag H) I)⁻¹ = Uᵀ U; the λ that was needed; how often it was raised tenfold.
+
+    With H = R Rᵀ, R upper triangular (a Cholesky factor read backwards), U is R⁻¹.
+    """
+    level = moment.diagonal().mean()
+    if not torch.isfinite(level):
+        raise RunError(
+            "calibration inputs hold values that are not finite; score in float32 (hardware.scoring_dtype=float32)"
+        )
+    for retries in range(MAXIMUM_DAMPING_RETRIES + 1):
+        used = damping * 10**retries
+        damped = moment.flip(0, 1)
+        damped.diagonal().add_(used * level)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return inverse_of_upper(lower.flip(0, 1)), used, retries
+    raise RunError(
+        f"second moments are not positive definite even with damping {used:g}; raise method.damping above 0, or "
+        "calibrate on more tokens"
+    )
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix, by halves: nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= 256:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = left = inverse_of_upper(upper[:half, :half])
+    inverse[half:, half:] = right = inverse_of_upper(upper[half:, half:])
+    inverse[:half, half:] = -(left @ upper[:half, half:] @ right)
+    return inverse

@@ -1,0 +1,145 @@
+"""GPTQ: round column by column and let the columns still to come make up for each error (Frantar et al. 2022).
+
+https://arxiv.org/abs/2210.17323, Algorithm 1; activation order and grouping as in the authors' code.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from harness.errors import ConfigError
+from methods.blocks import Block, decoder_blocks, plain_linears, record_blocks
+from methods.curvature import Moments, Sweep, calibrate_block, sweep_columns, windows_that_fit
+from methods.quantization.grids import IntegerGrid, Scales
+from methods.quantization.linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from harness.method import Bench, LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Second-order rounding.
+
+    damping: fraction of the mean of H's diagonal that is added to it.
+    activation_order: treat the most active input channels first.
+    groups: "static" fits the grid of every group to the original weights; "dynamic" fits it to the updated weights
+        when the sweep reaches the group. Dynamic groups in activation order would need an index per channel.
+    block_columns: columns after which updates to the rest are applied; changes the cost, not the result.
+    sequential: "linear" calibrates each linear on inputs from the already rounded ones before it in its block;
+        "block" calibrates a block on its unrounded self.
+    working_memory_gib: activations alive at once; a calibration set that does not fit goes through in chunks, with
+        the same result at a higher cost.
+    """
+
+    grid: IntegerGrid
+    damping: float = 0.01
+    activation_order: bool = True
+    groups: Literal["static", "dynamic"] = "static"
+    block_columns: int = 128
+    sequential: Literal["linear", "block"] = "linear"
+    working_memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("groups", ("static", "dynamic")), ("sequential", ("linear", "block"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"method.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name in ("damping", "block_columns", "working_memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"method.{name}={getattr(self, name)}: must be greater than 0")
+        if self.activation_order and self.groups == "dynamic":
+            raise ConfigError(
+                "method.activation_order=true with method.groups=dynamic scatters a group over the row and needs an "
+                "index per channel (g_idx), which no fast kernel reads; use method.groups=static, or "
+                "method.activation_order=false"
+            )
+        if self.groups == "dynamic" and self.grid.group_size == "tensor":
+            raise ConfigError("method.groups=dynamic with grid.group_size=tensor: use method.groups=static")
+
+    @torch.no_grad()
+    def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
+        """Calibrate and replace the linears of one block after the other."""
+        for name, linear in plain_linears(base.module).items():
+            self.grid.check(name, linear.in_features)
+        windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
+        _, modules = decoder_blocks(base.module)
+        chunk = windows_that_fit(modules[0], windows, self.working_memory_gib)
+        blocks, hidden = record_blocks(base.module, windows, chunk)
+        for block in bench.progress.track(blocks, "GPTQ", len(blocks)):
+            hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
+        return base
+
+    def _compress_block(self, block: Block, hidden: list[Tensor], dtype: torch.dtype, last: bool) -> list[Tensor]:
+        linears = block.linears()
+        packed: dict[str, QuantizedLinear] = {}
+
+        def change(names: list[str], moments: Moments) -> None:
+            group = [linears[name] for name in names]
+            weights = torch.cat([linear.weight.float() for linear in group])
+            rows = [linear.out_features for linear in group]
+            sweep, scales = self.solve(weights, moments.second(), dtype, rows)
+            if sweep.retries:
+                log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
+            for name, linear, weight, own in zip(names, group, sweep.weight.split(rows), scales, strict=True):
+                linear.weight.copy_(weight)
+                packed[name] = QuantizedLinear.from_codes(linear, self.grid.encode(weight, own), own, self.grid)
+
+        outputs = calibrate_block(block, hidden, change, self.sequential, last)
+        for name, linear in packed.items():
+            block.replace(name, linear)
+        return outputs
+
+    def solve(self, weight: Tensor, moment: Tensor, dtype: torch.dtype, rows: list[int]) -> tuple[Sweep, list[Scales]]:
+        """Round W [R, C], the weights of linears with `rows` output channels stacked, under H [C, C].
+
+        Returns the sweep, and the scales of each linear. Rows do not influence each other, so stacking changes nothing.
+        """
+        order = moment.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
+        live = weight.masked_fill(moment.diagonal() == 0, 0)
+        scales = [self.grid.fit(part.contiguous(), dtype) for part in live.split(rows)]
+        grids = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype)
+        project = grids.refit_then_round if self.groups == "dynamic" else grids.round
+        sweep = sweep_columns(weight, moment, project, self.damping, self.block_columns, order)
+        return sweep, grids.split(rows)
+
+
+class ColumnGrids:
+    """The grids of stacked weights [R, C], laid out for rounding one column at a time."""
+
+    def __init__(self, grid: IntegerGrid, scales: list[Scales], rows: list[int], columns: int, dtype: torch.dtype):
+        self.grid, self.width, self.columns = grid, grid.width(columns), columns
+        self.storage_dtype = scales[0].scale.dtype
+        stacked = [
+            (own.scale.expand(count, -1), own.zero.expand(count, -1)) for own, count in zip(scales, rows, strict=True)
+        ]
+        self.scale = torch.cat([scale for scale, _ in stacked]).T.to(dtype)  # [G, R]
+        self.zero = torch.cat([zero for _, zero in stacked]).T.to(dtype)
+        self.scale, self.zero = self.scale.contiguous(), self.zero.contiguous()
+
+    def round(self, column: Tensor, k: int, current: object) -> Tensor:
+        """Column k [R] on its groups' grids: the arithmetic of IntegerGrid.round."""
+        scale, zero = self.scale[k // self.width], self.zero[k // self.width]
+        return (column / scale).round_().add_(zero).clamp_(0, self.grid.top).sub_(zero).mul_(scale)
+
+    def refit_then_round(self, column: Tensor, k: int, current: object) -> Tensor:
+        """Like `round`, but at the start of a group its grid is fitted to the present weights."""
+        if k % self.width == 0:
+            values = current(k, min(k + self.width, self.columns)).contiguous()
+            row = IntegerGrid(self.grid.bits, self.grid.symmetric, None)
+            fitted = row.fit(values, self.storage_dtype)
+            self.scale[k // self.width] = fitted.scale[:, 0].to(self.scale.dtype)
+            self.zero[k // self.width] = fitted.zero[:, 0].to(self.zero.dtype)
+        return self.round(column, k, current)
+
+    def split(self, rows: list[int]) -> list[Scales]:
+        """Scales per linear, in the type and shape they are stored in."""
+        first = slice(0, 1) if self.grid.group_size == "tensor" else slice(None)
+        scale, zero = self.scale.T.to(self.storage_dtype), self.zero.T.to(torch.int32)
+        return [Scales(s[first], z[first]) for s, z in zip(scale.split(rows), zero.split(rows), strict=True)]
