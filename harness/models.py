@@ -32,6 +32,7 @@ class ModelSource(Protocol):
     """A model that a run starts from."""
 
     name: str
+    anchors: dict[str, float]
 
     def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
         """The model with parameters in `dtype`, and what identifies its weights (file hash, hub commit, seed).
@@ -50,6 +51,7 @@ class EmbeddedModel:
     name: str
     storage_dtype: str = "float16"  # the type of the file's own scales; holds its values better than bfloat16
     note: str = ""
+    anchors: dict[str, float] = field(default_factory=dict)  # known dense perplexities, by start of protocol
 
     def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
         """See ModelSource."""
@@ -72,6 +74,7 @@ class HubModel:
     storage_dtype: str = "auto"
     trust_remote_code: bool = False
     note: str = ""
+    anchors: dict[str, float] = field(default_factory=dict)  # known dense perplexities, by start of protocol
 
     def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
         """See ModelSource."""
@@ -106,6 +109,7 @@ class LocalModel:
     storage_dtype: str = "auto"
     trust_remote_code: bool = False
     note: str = ""
+    anchors: dict[str, float] = field(default_factory=dict)  # known dense perplexities, by start of protocol
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -143,6 +147,7 @@ class RandomModel:
     storage_dtype: str = "bfloat16"
     seed: int = 0
     note: str = "random weights: quality means nothing"
+    anchors: dict[str, float] = field(default_factory=dict)
 
     def load(self, cache: Path, device: str, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any]]:
         """See ModelSource."""

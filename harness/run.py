@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import environment, stages
+from harness import environment, sanity, stages
 from harness.errors import ConfigError, RunError
 from harness.records import (
     Failure,
@@ -117,6 +117,9 @@ def run(
         reference = run(dense_twin(config), paths, force=False, say=say, track=track)
         if reference.status not in ("finished", "skipped"):
             return Outcome("failed", title, f"its dense baseline failed: {reference.reason}")
+        distrust = sanity.distrusted(reference.record.measurements)
+        if distrust:
+            return Outcome("failed", title, f"its dense baseline cannot be a reference: {distrust} ({reference.path})")
         if reference.status == "finished":
             say(f"  {reference.title}: finished, {reference.path}")
     say(f"{title}: compressing and measuring ({digest})")
@@ -210,7 +213,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
             kept[key] = _by_content(value)
         elif key == "path" and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
-        elif key != "cache":
+        elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value
     return kept
 
@@ -329,6 +332,11 @@ def _measure(
             )
             say(f"  {stage}: {result.seconds:.0f} s")
             measurements += [Measurement(**_interval(m)) for m in result.value]
+        if is_dense(config):
+            measurements = sanity.check_anchors(measurements, parts.model.anchors)
+        elif reference and reference.record:
+            seconds = report["cost"]["compress_seconds"]
+            measurements += sanity.break_even(seconds, measurements, reference.record.measurements)
     except stages.StageFailure as failure:
         reported = Failure(stage=failure.stage, reason=failure.reason)
         return replace(record, measurements=measurements, failure=reported, finished=_now())

@@ -49,6 +49,8 @@ class StageFailure(Exception):
 
 def warm_up() -> None:
     """Let the fork server import torch and transformers while the parent goes on; returns at once."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, too, belong on terminals only
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
 
