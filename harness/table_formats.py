@@ -53,6 +53,11 @@ class Block:
     naming: int = 2  # leading columns that say which row it is
 
     @property
+    def words(self) -> frozenset[int]:
+        """Columns of words, set to the left: the first, and those after the naming ones that have no direction."""
+        return frozenset(k for k, arrow in enumerate(self.arrows) if k == 0 or (k >= self.naming and not arrow))
+
+    @property
     def has_intervals(self) -> bool:
         """Whether any cell has one."""
         return any(cell.interval for row in self.rows for cell in row.cells)
@@ -88,18 +93,17 @@ def _wrapped(text: str) -> str:
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
     """The rows as one table, or where that is wider than `width` as several that repeat what names a row."""
-    last = len(block.heads) - 1
     head = [markup.markdown(text) for text in block.heads]
     body = [[_markdown_cell(cell) for cell in row.cells] for row in block.rows]
-    widths = [max(3, *(len(line[k]) for line in [head, *body] if line)) for k in range(last + 1)]
+    widths = [max(3, *(len(line[k]) for line in [head, *body] if line)) for k in range(len(head))]
 
     def padded(line: list[str], columns: list[int]) -> str:
-        cells = [f" {line[k].ljust(widths[k])}" if k in (0, last) else line[k].rjust(widths[k]) for k in columns]
+        cells = [f" {line[k].ljust(widths[k])}" if k in block.words else line[k].rjust(widths[k]) for k in columns]
         return f"|{' |'.join(cells)} |"
 
     tables = []
     for columns in _columns_by_part(widths, block.naming, width):
-        rule = ["-" * (widths[k] + 2) if k in (0, last) else "-" * widths[k] + ":" for k in columns]
+        rule = ["-" * (widths[k] + 2) if k in block.words else "-" * widths[k] + ":" for k in columns]
         lines = [padded(head, columns), f"|{'|'.join(rule)}|"]
         for row, line in zip(block.rows, body, strict=True):
             # a heading is wider than its column: padding every row to it would push the numbers off the screen
@@ -154,7 +158,7 @@ def _latex_table(title: str, block: Block) -> str:
         r"\begin{table*}",
         rf"\caption{{{markup.latex(title)}: {markup.latex(block.title)}}}",
         r"\centering\tiny\setlength{\tabcolsep}{2pt}",
-        rf"\begin{{tabular}}{{l{'r' * (len(block.heads) - 2)}l}}",
+        rf"\begin{{tabular}}{{{''.join('l' if k in block.words else 'r' for k in range(len(block.heads)))}}}",
         r"\hline",
         rf"{heads} \\",
         r"\hline",
@@ -195,7 +199,7 @@ ul { margin: .5rem 0; padding-left: 1.2rem; font-size: .87rem; opacity: .85; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+th.words, td.words { text-align: left; }
 thead th { border-bottom: 2px solid currentColor; vertical-align: bottom; }
 tr.group th { text-align: left; background: var(--soft); font-weight: 600; }
 tbody tr:hover td { background: var(--soft); }
@@ -237,15 +241,19 @@ def _html_list(items: Iterable[str]) -> str:
 
 
 def _html_table(block: Block) -> str:
-    heads = "".join(f'<th scope="col">{markup.html(head)}</th>' for head in _heads(block))
-    rows = "\n".join(_html_row(row, len(block.heads)) for row in block.rows)
+    kinds = [' class="words"' if k in block.words else "" for k in range(len(block.heads))]
+    heads = "".join(
+        f'<th scope="col"{kind}>{markup.html(h)}</th>' for h, kind in zip(_heads(block), kinds, strict=True)
+    )
+    rows = "\n".join(_html_row(row, kinds) for row in block.rows)
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
-def _html_row(row: Row, columns: int) -> str:
+def _html_row(row: Row, kinds: list[str]) -> str:
     if row.group:
-        return f'<tr class="group"><th scope="colgroup" colspan="{columns}">{markup.html(row.group)}</th></tr>'
-    return f"<tr>{''.join(f'<td>{_html_cell(cell)}</td>' for cell in row.cells)}</tr>"
+        return f'<tr class="group"><th scope="colgroup" colspan="{len(kinds)}">{markup.html(row.group)}</th></tr>'
+    cells = [f"<td{kind}>{_html_cell(cell)}</td>" for cell, kind in zip(row.cells, kinds, strict=True)]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _html_cell(cell: Cell) -> str:

@@ -83,7 +83,7 @@ QUANTITIES = (
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
-    Quantity("stored_bytes", "MB", _fixed(1), scale=1e-6, every_workload=True),
+    Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
 )
 
@@ -239,12 +239,14 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
             cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
-        rows.append(Row((*cells, Cell(kernels.each.get(record.id, "")))))
+        if kernels.each:
+            cells.append(Cell(kernels.each.get(record.id, "")))
+        rows.append(Row(tuple(cells)))
     return Block(
         title=f"{records[0].model} · {_hardware_name(records[0])} · {_machine(records[0])}",
         protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
-        heads=(*heads, "kernel"),
-        arrows=(*("" for _ in heads[: len(heads) - len(columns)]), *(_arrow(c) for c in columns), ""),
+        heads=(*heads, *(["kernel"] if kernels.each else [])),
+        arrows=(*[""] * (len(heads) - len(columns)), *(_arrow(c) for c in columns), *([""] if kernels.each else [])),
         rows=tuple(rows),
         signs=tuple(_signs(rows)),
         notes=tuple(notes.texts),
@@ -361,14 +363,26 @@ def _columns(records: list[RunRecord]) -> list[Column]:
             columns.append(Column(quantity, first.on, quantity.head, first.better))
         elif found:
             columns.append(Column(quantity, None, quantity.head, found[0].better))
-    return [_task_head(column) for column in columns]
+    return _told_apart([_task_head(column) for column in columns])
+
+
+def _told_apart(columns: list[Column]) -> list[Column]:
+    """Columns of the same head (one task, two ways to judge an answer) get the last part of their `on` added."""
+    heads = [column.head for column in columns]
+
+    def apart(column: Column) -> Column:
+        if column.on is None or heads.count(column.head) == 1:
+            return column
+        return replace(column, head=f"{column.head} {column.on.rpartition(', ')[2]}")
+
+    return [apart(column) for column in columns]
 
 
 def _task_head(column: Column) -> Column:
-    """A task's column is named by the task, the first part of its `on`; of a long name, by the last word."""
+    """A task's column is named by the first word of its `on`, the task; where that is long, by its last part."""
     if column.quantity.metric != "accuracy" or column.on is None:
         return column
-    task = column.on.partition(",")[0]
+    task = re.split(r"[ ,]", column.on, maxsplit=1)[0]
     return replace(column, head=f"{task if len(task) <= LONGEST_TASK else task.rpartition('_')[2]} %")
 
 
@@ -401,15 +415,19 @@ def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
         low, high = (scale * end for end in measurement.interval)
         interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
         half_width = f"±{_significant(2)((high - low) / 2)}"
-    same = quantity.metric == "perplexity" and _same_as_dense(record, measurement.on)
+    same = _same_as_dense(record, measurement)
     sign = f"{SAME_AS_DENSE if same else ''} {collapsed}".strip()
     return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
 
 
-def _same_as_dense(record: RunRecord, on: str) -> bool:
-    """Whether the paired interval of the perplexity ratio to dense contains 1 on this text."""
-    ratio = record.find("perplexity_ratio", on) or record.find("perplexity_ratio")
-    return bool(ratio and ratio.interval and ratio.interval[0] <= 1 <= ratio.interval[1])
+def _same_as_dense(record: RunRecord, measurement: Measurement) -> bool:
+    """Whether the paired interval of the comparison with dense holds no difference: ratio 1, or difference 0."""
+    paired = {"perplexity": ("perplexity_ratio", 1.0), "accuracy": ("accuracy_difference", 0.0)}
+    if measurement.metric not in paired:
+        return False
+    metric, nothing = paired[measurement.metric]
+    compared = record.find(metric, measurement.on)
+    return bool(compared and compared.interval and compared.interval[0] <= nothing <= compared.interval[1])
 
 
 def _collapsed(record: RunRecord) -> bool:
@@ -499,7 +517,7 @@ def _signs(rows: list[Row]) -> list[str]:
     if any(cell.bold for row in rows for cell in row.cells):
         signs.append("bold: best among rows of equal bits")
     if SAME_AS_DENSE in used:
-        signs.append(f"{SAME_AS_DENSE}: the paired 95 % interval of the perplexity ratio to dense contains 1")
+        signs.append(f"{SAME_AS_DENSE}: not to be told from dense by the paired 95 % interval")
     if COLLAPSED in used:
         signs.append(f"{COLLAPSED}: collapsed, shown but never a reference")
     return signs

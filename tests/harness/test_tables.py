@@ -177,7 +177,27 @@ def test_the_sign_for_no_difference_follows_the_paired_interval():
     runs = {f"{tables._title(r)} {r.bits}": r.find("perplexity_ratio") for r in sweep()}
     contains = {label for label, m in runs.items() if m and m.interval[0] <= 1 <= m.interval[1]}
     assert signed == contains == {"AWQ 4"}
-    assert any("contains 1" in sign for sign in block.signs)
+    signed = {label for label, row in rows_of(block).items() if "≈" in row["cloze %"].sign}
+    runs = {f"{tables._title(r)} {r.bits}": r.find("accuracy_difference") for r in sweep()}
+    assert signed == {label for label, m in runs.items() if m and m.interval[0] <= 0 <= m.interval[1]}
+    assert any("not to be told from dense" in sign for sign in block.signs)
+
+
+def test_one_task_judged_in_two_ways_has_two_columns():
+    run = record("gptq", 4)
+    extra = [
+        Measurement("accuracy", v, "share", f"gsm8k v3, 5-shot, {f}", "higher")
+        for f, v in (("strict", 0.1), ("flexible", 0.2))
+    ]
+    (block,) = blocks([replace(run, measurements=[*run.measurements, *extra])])
+    row = rows_of(block)["GPTQ 4"]
+    assert (row["gsm8k % strict"].value, row["gsm8k % flexible"].value) == ("10.0", "20.0")
+
+
+def test_without_speed_there_is_no_column_of_kernels():
+    (block,) = blocks([record("gptq", 4, batches=())])
+    assert "kernel" not in block.heads
+    assert {len(row.cells) for row in block.rows if row.cells} == {len(block.heads)} == {len(block.arrows)}
 
 
 def test_departures_are_footnotes_shared_by_rows():
