@@ -51,6 +51,7 @@ class Block:
     notes: tuple[str, ...]  # numbered from 1
     absent: str = ""  # systems without a record
     naming: int = 2  # leading columns that say which row it is
+    seam: int | None = None  # column before which a table that is too wide is best cut: the first of speed
 
     @property
     def words(self) -> frozenset[int]:
@@ -102,7 +103,7 @@ def _markdown_tables(block: Block, width: int) -> list[str]:
         return f"|{' |'.join(cells)} |"
 
     tables = []
-    for columns in _columns_by_part(widths, block.naming, width):
+    for columns in _columns_by_part(widths, block, width):
         rule = ["-" * (widths[k] + 2) if k in block.words else "-" * widths[k] + ":" for k in columns]
         lines = [padded(head, columns), f"|{'|'.join(rule)}|"]
         for row, line in zip(block.rows, body, strict=True):
@@ -113,18 +114,25 @@ def _markdown_tables(block: Block, width: int) -> list[str]:
     return tables
 
 
-def _columns_by_part(widths: list[int], naming: int, width: int) -> list[list[int]]:
-    """Column numbers of each part: the first `naming` in all of them; as few parts as fit `width`, of even width."""
+def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[int]]:
+    """Column numbers of each part: the naming ones in all of them; as few parts as fit `width`.
 
-    def filled(limit: int) -> list[list[int]]:
-        parts = [list(range(naming))]
-        for k in range(naming, len(widths)):
-            if len(parts[-1]) > naming and sum(widths[c] + 2 for c in [*parts[-1], k]) + 4 > limit:
-                parts.append(list(range(naming)))
+    Parts end where the block has its seam if that takes no more of them, else they are of even width.
+    """
+
+    def filled(limit: int, seam: int | None = None) -> list[list[int]]:
+        parts = [list(range(block.naming))]
+        for k in range(block.naming, len(widths)):
+            full = sum(widths[c] + 2 for c in [*parts[-1], k]) + 4 > limit
+            if len(parts[-1]) > block.naming and (full or k == seam):
+                parts.append(list(range(block.naming)))
             parts[-1].append(k)
         return parts
 
     fewest = len(filled(width))
+    seamed = filled(width, block.seam)
+    if fewest > 1 and len(seamed) == fewest:
+        return seamed
     return next(parts for limit in range(width + 1) if len(parts := filled(limit)) == fewest)
 
 

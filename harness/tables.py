@@ -252,6 +252,7 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
         notes=tuple(notes.texts),
         absent=_absent(records, groups),
         naming=3 if swept else 2,
+        seam=next((len(heads) - len(columns) + k for k, c in enumerate(columns) if _is_speed(c)), None),
     )
 
 
@@ -503,6 +504,11 @@ def _remarks(record: RunRecord) -> list[str]:
         for m in record.measurements
         if m.value is None and m.note and m.metric in {q.metric for q in QUANTITIES}
     ]
+    remarks += [
+        _shortened(f"{m.metric} {m.note}")  # e.g. a baseline outside its anchor
+        for m in record.measurements
+        if m.metric == "perplexity" and m.value is not None and m.note and "collapsed" not in m.note
+    ]
     return remarks
 
 
@@ -521,6 +527,10 @@ def _signs(rows: list[Row]) -> list[str]:
     if COLLAPSED in used:
         signs.append(f"{COLLAPSED}: collapsed, shown but never a reference")
     return signs
+
+
+def _is_speed(column: Column) -> bool:
+    return column.quantity.metric in SPEED_METRICS
 
 
 def _arrow(column: Column) -> str:

@@ -183,6 +183,24 @@ def test_the_sign_for_no_difference_follows_the_paired_interval():
     assert any("not to be told from dense" in sign for sign in block.signs)
 
 
+def test_a_baseline_that_is_no_reference_says_so():
+    run = record("dense")
+    odd = replace(
+        run, measurements=[replace(run.measurements[0], note="outside its anchor of 27.65"), *run.measurements[1:]]
+    )
+    (block,) = blocks([odd, record("gptq", 4)])
+    (number,) = rows_of(block)["Dense"]["Method"].notes
+    assert block.notes[number - 1] == "perplexity outside its anchor of 27.65"
+
+
+def test_a_table_too_wide_is_cut_between_quality_and_speed():
+    (block,) = blocks(sweep())
+    heads = [line for line in to_markdown("", [block], width=130).splitlines() if "Method" in line]
+    assert len(heads) == 2
+    assert "top-1 %" in heads[0]
+    assert heads[1].split("|")[3].strip() == "TTFT ms"
+
+
 def test_one_task_judged_in_two_ways_has_two_columns():
     run = record("gptq", 4)
     extra = [
