@@ -9,6 +9,7 @@ Exit status: 0 all within, 1 something is not, 2 there is nothing to verify.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ SPEED_RELATIVE = 0.10
 MEMORY_PEAK_RELATIVE = 0.10  # allocators and threads differ from run to run
 COMPRESS_RELATIVE = 0.30
 SPEED_SUFFIXES = ("_ms", "_per_second", "_seconds")
+# A quotient of a time and a difference of times: its noise has no bound where the two are close.
+DERIVED = ("break_even_requests",)
 SPEED_WORDS = ("roofline", "bandwidth")
 
 
@@ -63,6 +66,10 @@ def _verdict(old: Measurement | None, new: Measurement | None) -> Verdict:
     known = old or new
     assert known is not None, "the key came from one of the two"
     was, now = (m.value if m else None for m in (old, new))
+    if known.metric in DERIVED:
+        difference = None if was is None or now is None else now - was
+        rule = "follows from numbers judged above"
+        return Verdict(known.metric, known.on, known.unit, was, now, difference, math.inf, rule, True)
     tolerance, rule = _tolerance(known.metric, known.unit, old, new)
     if was is None or now is None:
         both_missing = was is None and now is None and old is not None and new is not None

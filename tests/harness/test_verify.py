@@ -78,6 +78,11 @@ def test_what_neither_run_could_measure_is_no_difference():
     assert not within(number("energy_joules", 1.0), missing)
 
 
+def test_what_follows_from_judged_numbers_is_not_judged_again():
+    assert within(number("break_even_requests", 1000.0, "requests"), number("break_even_requests", None, "requests"))
+    assert within(number("break_even_requests", 1000.0, "requests"), number("break_even_requests", 9000.0, "requests"))
+
+
 def test_other_machine_and_versions_are_said():
     run = record("gptq", 4)
     machine, versions = run.environment["machine"], run.environment["versions"]
