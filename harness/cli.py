@@ -9,6 +9,7 @@ Exit status: 0 all finished or already recorded; 1 something failed; 2 the reque
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def main() -> None:
     """Entry of `python -m harness`."""
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text())
         return
     problem = check_names(arguments)

@@ -97,12 +97,16 @@ def from_json(data: dict[str, Any]) -> RunRecord:
     if schema != SCHEMA:
         raise ValueError(f"record has schema {schema}; this version reads schema {SCHEMA}")
     fields = dict(data)
-    fields["measurements"] = [
-        Measurement(**{**m, "interval": tuple(m["interval"]) if m.get("interval") else None})
-        for m in data.get("measurements", [])
-    ]
+    fields["measurements"] = [measurement_from_json(m) for m in data.get("measurements", [])]
     fields["failure"] = Failure(**data["failure"]) if data.get("failure") else None
     return RunRecord(**fields)
+
+
+def measurement_from_json(data: dict[str, Any]) -> Measurement:
+    """One measurement from its JSON values. An interval with an end that is no number is no interval."""
+    interval = data.get("interval")
+    known = bool(interval) and all(end is not None for end in interval)
+    return Measurement(**{**data, "interval": tuple(interval) if known else None})
 
 
 def write_record(record: RunRecord, path: Path) -> Path:

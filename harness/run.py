@@ -28,6 +28,7 @@ from harness.records import (
     Failure,
     Measurement,
     RunRecord,
+    measurement_from_json,
     read_record,
     write_json_atomically,
     write_record,
@@ -331,7 +332,7 @@ def _measure(
                 log=log / f"{stage}.txt",
             )
             say(f"  {stage}: {result.seconds:.0f} s")
-            measurements += [Measurement(**_interval(m)) for m in result.value]
+            measurements += [measurement_from_json(m) for m in result.value]
         if is_dense(config):
             measurements = sanity.check_anchors(measurements, parts.model.anchors)
         elif reference and reference.record:
@@ -475,11 +476,6 @@ def _environment(hardware: environment.Hardware) -> dict[str, Any]:
 def _sections(config: dict[str, Any]) -> dict[str, Any]:
     sections = ("card", "method", "model", "hardware", "corpus", "calibration", "evaluation")
     return {section: config[section] for section in sections}
-
-
-def _interval(measurement: dict[str, Any]) -> dict[str, Any]:
-    interval = measurement.get("interval")
-    return {**measurement, "interval": tuple(interval) if interval else None}
 
 
 def _variant(method: dict[str, Any]) -> list[str]:
