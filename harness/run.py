@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 DIGEST_LENGTH = 12
-PROTOCOL = 1  # raised when the same configuration would give other numbers than before: old records stay, none is reused
+PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 STAGE_REPORT = "stage.json"
 
 

@@ -53,7 +53,9 @@ class Footprint:
         parameters = description["parameters"]
 
         yield _bytes("stored_bytes", artifact.stored_bytes(context.artifact), "weight files on disk")
-        yield _bits("effective_bits_per_weight", linear_bits(sizes, description["linears"]), "linears in decoder blocks")
+        yield _bits(
+            "effective_bits_per_weight", linear_bits(sizes, description["linears"]), "linears in decoder blocks"
+        )
         yield _bits("model_bits_per_weight", 8 * sum(sizes.values()) / parameters, "all parameters")
         dense = f"{parameters * dtype.itemsize} as a dense model; {lm.engine.kernels()}"
         yield _bytes("loaded_weight_bytes", loaded_bytes(lm.module), f"ready to decode, {dtype_name}", dense)
