@@ -95,7 +95,8 @@ def wilson_interval(successes: float, trials: int) -> Interval:
     spread = Z_95**2 / trials
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at 0 and 1 the ends are exact, whatever rounding says
+    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 def median_interval(values: ArrayLike) -> Interval | None:

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_models import context, language_model
+
+from harness import statistics
+from harness.errors import ConfigError, RunError
+from harness.probes import tasks as module
+from harness.probes.tasks import Tasks
+
+PARAGRAPH = (
+    "The old harbour of the town was rebuilt after the great storm, and the people who had lost their boats were "
+    "given new ones by the council. For many years nobody spoke about that night. "
+    "Only the keeper of the lighthouse still wrote letters in which he described the storm."
+)
+
+
+def cloze_utils():
+    path = Path(module.BUILT_IN) / "wikipedia_cloze" / "utils.py"
+    spec = importlib.util.spec_from_file_location("cloze_utils", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty made-up questions in the form of two packaged tasks."""
+    arc = [
+        {
+            "question": f"What comes after {n}?",
+            "choices": {"text": [str(n + 1), str(n + 2), f"{n} again"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[n % 3],
+        }
+        for n in range(60)
+    ]
+    gsm = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(60)]
+    hellaswag = [
+        {"query": f"Day {n}: he", "choices": ["sat.", "ran on.", "x", "yy"], "label": n % 4} for n in range(60)
+    ]
+    for name, rows in {"arc_easy": arc, "gsm8k": gsm, "hellaswag": hellaswag}.items():
+        path = tmp_path / "data" / name / ("validation.jsonl" if name == "hellaswag" else "test.jsonl")
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "data")
+
+
+def test_local_questions_are_asked_and_kept_and_compared(folder, tmp_path):
+    probe = Tasks(["arc_easy", "hellaswag"], limit=24, data=folder)
+    dense, other = language_model(0), language_model(1)
+    ctx = context(tmp_path / "dense")
+    found = {(m.metric, m.on[:8]): m for m in probe.measure(dense, ctx)}
+    table = pd.read_parquet(ctx.samples / "tasks-arc_easy-hellaswag.parquet")
+    assert set(table["metric"]) == {"accuracy", "accuracy_norm"}
+    own = table[(table["task"] == "arc_easy") & (table["metric"] == "accuracy")]
+    assert len(own) == 24
+    assert own["doc_id"].tolist() != list(range(24))  # a sample, not the first
+    accuracy = found["accuracy", "arc_easy"]
+    assert accuracy.value == own["correct"].mean()
+    assert accuracy.interval == statistics.wilson_interval(own["correct"].sum(), 24)
+    assert "24 of 60 questions" in accuracy.on
+    assert "v1.0" in accuracy.on
+
+    compared = context(tmp_path / "other", dense=ctx.samples)
+    against = {(m.metric, m.on[:8]): m for m in probe.measure(other, compared)}
+    mine = pd.read_parquet(compared.samples / "tasks-arc_easy-hellaswag.parquet")
+    mine = mine[(mine["task"] == "arc_easy") & (mine["metric"] == "accuracy")]
+    assert mine["doc_id"].tolist() == own["doc_id"].tolist()
+    assert against["flips", "arc_easy"].value == (mine["correct"].to_numpy() != own["correct"].to_numpy()).mean()
+    difference = against["accuracy_difference", "arc_easy"]
+    assert difference.value == pytest.approx(mine["correct"].mean() - own["correct"].mean())
+    assert "McNemar p" in difference.note
+    same = {m.metric: m for m in probe.measure(dense, context(tmp_path / "same", dense=ctx.samples))}
+    assert same["flips"].value == 0
+    assert same["flips_norm"].value == 0
+
+
+def test_outcomes_are_right_when_the_right_choice_is_the_likeliest(folder, tmp_path):
+    lm, ctx = language_model(), context(tmp_path)
+    list(Tasks(["arc_easy"], limit=None, data=folder).measure(lm, ctx))
+    table = pd.read_parquet(ctx.samples / "tasks-arc_easy.parquet").query("metric == 'accuracy'")
+    rows = [json.loads(line) for line in (Path(folder) / "arc_easy/test.jsonl").read_text().splitlines()]
+    for row, correct in zip(rows, table["correct"], strict=True):
+        scores = []
+        for choice in row["choices"]["text"]:
+            ids = lm.tokenizer(f"Question: {row['question']}\nAnswer: {choice}", return_tensors="pt")["input_ids"]
+            scores.append(-float(lm.engine.score(ids)[0, -len(choice) - 1 :].sum()))
+        assert correct == (int(np.argmax(scores)) == "ABC".index(row["answerKey"]))
+
+
+def test_generation_runs_under_a_chat_template(folder, tmp_path):
+    lm = language_model()
+    probe = Tasks(["gsm8k"], limit=2, data=folder, few_shot=0, chat_template=True)
+    with pytest.raises(RunError, match="no chat template"):
+        list(probe.measure(lm, context(tmp_path)))
+    lm.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    found = list(probe.measure(lm, context(tmp_path)))
+    assert [m.metric for m in found] == ["accuracy", "accuracy"]
+    assert "flexible-extract" in found[0].on
+    assert "chat template" in found[0].on
+
+
+def test_nothing_moves_the_global_generators(folder, tmp_path):
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    list(Tasks(["arc_easy"], limit=5, data=folder).measure(language_model(), context(tmp_path)))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+
+
+def test_wrong_names_folders_and_splits_say_the_way_out(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean.*wikipedia_cloze"):
+        Tasks(["wikipedia_close"])
+    with pytest.raises(ConfigError, match=r"piqa/<split>\.jsonl"):
+        Tasks(["piqa"], data=folder)
+    with pytest.raises(ConfigError, match="limit=0"):
+        Tasks(["arc_easy"], limit=0)
+    with pytest.raises(RunError, match="few_shot=0"):
+        list(Tasks(["gsm8k"], data=folder).measure(language_model(), context(tmp_path)))
+
+
+def test_cloze_questions_name_a_word_of_their_passage():
+    made = cloze_utils().questions(
+        [PARAGRAPH, "Too short to be a storm.", PARAGRAPH.replace("described the storm", "slept")]
+    )
+    assert [q["document"] for q in made] == [0]
+    assert made[0]["word"] == "storm"
+    assert made[0]["context"].endswith("he described the")
+    assert "storm" in made[0]["context"]
+
+
+def test_the_built_in_task_asks_what_its_text_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.corpus.WikipediaSample.documents", lambda self, split: [PARAGRAPH] * 3)
+    ctx = context(tmp_path)
+    found = list(Tasks(["wikipedia_cloze"], limit=None).measure(language_model(), ctx))
+    assert [m.metric for m in found] == ["accuracy"]
+    assert "wikipedia_cloze v1.0, 0-shot, 3 questions" in found[0].on
+    rows = [json.loads(x) for x in (ctx.cache / "tasks/wikipedia_cloze/test.jsonl").read_text().splitlines()]
+    assert rows[0]["word"] == "storm"
+
+
+def test_a_model_that_knows_the_word_is_right(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.corpus.WikipediaSample.documents", lambda self, split: [PARAGRAPH])
+    lm, ctx = language_model(), context(tmp_path)
+    seen = []
+
+    def rigged(rows, head=None):  # always prefers the next byte of " storm"
+        logits = torch.zeros(len(rows), 300)
+        wanted = lm.tokenizer(" storm")["input_ids"]
+        seen.append(len(rows))
+        logits[range(len(wanted)), wanted] = 9.0
+        return logits
+
+    monkeypatch.setattr(lm.engine, "logits", rigged)
+    assert [m.value for m in Tasks(["wikipedia_cloze"]).measure(lm, ctx)] == [1.0]
+    assert seen == [len(" storm")]
