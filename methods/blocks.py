@@ -385,11 +385,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def gain_offset(norm: nn.Module) -> float:
-    """0.0 when the norm multiplies by w, 1.0 when it multiplies by 1 + w (Gemma): zero the weight and look.
-
-    Raises ConfigError when it is neither.
-    """
+def gain_offset(norm: nn.Module) -> float | None:
+    """0.0 when the norm multiplies by w, 1.0 when by 1 + w (Gemma), None when by neither: set the weight and look."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     x = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     kept = weight.clone()
@@ -401,9 +398,7 @@ def gain_offset(norm: nn.Module) -> float:
     at_zero, at_one = answers
     if not at_zero.any():
         return 0.0
-    if torch.allclose(at_one, 2 * at_zero, rtol=1e-2):
-        return 1.0
-    raise ConfigError(f"{type(norm).__name__} multiplies neither by w nor by 1 + w: no scale can be folded into it")
+    return 1.0 if torch.allclose(at_one, 2 * at_zero, rtol=1e-2) else None
 
 
 def _identity(x: Tensor) -> tuple[int, int]:

@@ -145,6 +145,23 @@ def calibrate_block(
     return [] if last else block(hidden)
 
 
+def observe_block(
+    block: Block, hidden: Sequence[Tensor], magnitudes: bool = False
+) -> tuple[dict[str, Moments], list[Tensor]]:
+    """Moments of the input of every linear of an unchanged block, by name, and the block's outputs; one pass.
+
+    hidden: chunks [B, T, H]. Linears that share an input share one object.
+    """
+    linears = block.linears()
+    groups = input_groups(block)
+    moments = [
+        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, magnitudes=magnitudes)
+        for names in groups
+    ]
+    outputs = _run(block, hidden, linears, groups, lambda index, x: moments[index].add(x))
+    return {name: found for names, found in zip(groups, moments, strict=True) for name in names}, outputs
+
+
 def _run(
     block: Block,
     hidden: Sequence[Tensor],

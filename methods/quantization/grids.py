@@ -93,6 +93,10 @@ class IntegerGrid:
             zero = (-low / scale.to(weight.dtype)).round().clamp(0, self.top).to(torch.int32)
         return Scales(scale, zero)
 
+    def group_maximum(self, weight: Tensor) -> Tensor:
+        """Largest |w| of each group of `weight` [R, C]: [R, G] ([1, 1] for a tensor-wide grid)."""
+        return self._grouped(weight).abs().amax(-1)
+
     def encode(self, weight: Tensor, scales: Scales) -> Tensor:
         """Nearest codes of `weight` [R, C], uint8."""
         grouped = self._grouped(weight)
