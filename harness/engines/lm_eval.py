@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
 
 POSITIONS_UNLIMITED = 2048  # context of models whose configuration names no limit
-ROWS = 256  # positions whose logits are held at once
 NEW_TOKENS = 256  # longest answer where a task names none; lm-eval's default
 
 
@@ -93,7 +92,8 @@ class EngineLM(TemplateLM):
     def _continuation(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target in nats, and whether it is the likeliest: [N, H], [N] -> [N], [N]."""
         scores, greedy = [], []
-        for rows, ids in zip(hidden.split(ROWS), targets.to(hidden.device).split(ROWS), strict=True):
+        some = self._lm.engine.logit_rows
+        for rows, ids in zip(hidden.split(some), targets.to(hidden.device).split(some), strict=True):
             logits = self._lm.engine.logits(rows)
             scores.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == ids)

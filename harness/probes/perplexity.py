@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from harness.method import LanguageModel
 
 COLLAPSED = 10  # times the dense perplexity
-ROWS = 256  # positions whose distributions are compared at once
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,8 @@ def _compare(
 ) -> dict[str, Tensor]:
     """Loss, and divergence from the dense model, of positions with hidden states [n, H] and next tokens [n]."""
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(hidden), ROWS):
-        rows = slice(start, start + ROWS)
+    for start in range(0, len(hidden), lm.engine.logit_rows):
+        rows = slice(start, start + lm.engine.logit_rows)
         ours = lm.engine.logits(hidden[rows]).log_softmax(-1)
         found = {"loss": F.nll_loss(ours, targets[rows], reduction="none")}
         if dense is not None:

@@ -134,3 +134,10 @@ def test_layers_that_prepare_themselves_are_not_cast():
 def test_the_byte_tokenizer_of_these_tests_is_lossless():
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(tokenizer("a é\n b")["input_ids"]) == "a é\n b"
+
+
+def test_scores_do_not_depend_on_how_many_logits_are_held(monkeypatch):
+    module, tokens = causal_model(), token_ids(3, 60)
+    whole = TransformersEngine(module).score(tokens)
+    monkeypatch.setattr("harness.engines.transformers.LOGITS_HELD", 0)  # 64 positions at a time
+    torch.testing.assert_close(TransformersEngine(module).score(tokens), whole, rtol=1e-5, atol=1e-5)
