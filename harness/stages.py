@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,11 @@ def warm_up() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, too, belong on terminals only
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    # Ctrl-C reaches the whole process group; the server must not answer it with a traceback in mid-import
+    resource_tracker.ensure_running()  # the server needs it, and starting it would unblock the signal
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 def run_stage(
