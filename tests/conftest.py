@@ -21,6 +21,8 @@ from harness.method import Bench, LanguageModel
 from harness.models import RandomModel
 from harness.progress import NoProgress
 
+torch.set_num_threads(1)  # for models this small a second thread only waits
+
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
