@@ -90,6 +90,18 @@ def _add_product(upper: Tensor, x: Tensor) -> None:
         upper[first : first + PANEL_COLUMNS, first:].addmm_(x[:, first : first + PANEL_COLUMNS].T, x[:, first:])
 
 
+def quadratic_form(change: Tensor, second: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ) for a change ΔW [R, C] and a symmetric H [C, C]; products across the diagonal are taken once."""
+    total = 0.0
+    for first in range(0, change.shape[1], PANEL_COLUMNS):
+        last = first + PANEL_COLUMNS
+        panel = change[:, first:last]
+        inside = panel @ second[first:last, first:last]
+        across = change[:, last:] @ second[last:, first:last]
+        total += torch.sum(inside.add_(across, alpha=2).mul_(panel)).item()
+    return total
+
+
 class _Enough(Exception):
     """The forward of a block has gone as far as it is needed."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from methods.blocks import Block, decoder_blocks, plain_linears, record_blocks
-from methods.curvature import Moments, observe_block, windows_that_fit
+from methods.curvature import Moments, observe_block, quadratic_form, windows_that_fit
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
 from methods.quantization.smoothing import Folding, find_foldings, fold
@@ -158,8 +158,7 @@ def moment_loss(second: Tensor) -> Callable[[list[Tensor], list[Tensor]], float]
     """loss(weights, rounded): mean squared output error summed over the linears, tr(ΔW H ΔWᵀ)."""
 
     def loss(weights: list[Tensor], rounded: list[Tensor]) -> float:
-        change = torch.cat(rounded).sub_(torch.cat(weights))
-        return torch.sum((change @ second).mul_(change)).item()
+        return quadratic_form(torch.cat(rounded).sub_(torch.cat(weights)), second)
 
     return loss
 
@@ -225,7 +224,7 @@ def _diagonal_blocks(second: Tensor, grid: IntegerGrid, columns: int) -> Tensor:
 def _group_errors(grid: IntegerGrid, change: Tensor, blocks: Tensor, second: Tensor) -> Tensor:
     """δ H_g δᵀ for every row and group of a change [R, C]: [R, G] ([1, 1] for a tensor-wide grid)."""
     if grid.group_size == "tensor":
-        return torch.sum((change @ second) * change).view(1, 1)
+        return change.new_full((1, 1), quadratic_form(change, second))
     width, groups = blocks.shape[1], blocks.shape[0]
     missing = width * groups - change.shape[1]
     by_group = functional.pad(change, (0, missing)).view(len(change), groups, width).transpose(0, 1)  # [G, R, g]

@@ -14,6 +14,7 @@ from methods.curvature import (
     calibrate_block,
     inverse_factor,
     inverse_of_upper,
+    quadratic_form,
     sweep_columns,
     windows_that_fit,
 )
@@ -197,6 +198,12 @@ def test_moments_are_plain_sums():
     assert torch.allclose(moments.squares().double(), x.square().mean(0), rtol=1e-4)
     assert torch.allclose(moments.mean_magnitude().double(), x.abs().mean(0), rtol=1e-4)
     assert torch.equal(moments.largest(), x.abs().amax(0).float())
+
+
+@pytest.mark.parametrize("columns", [3, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 5])
+def test_quadratic_form_is_the_trace(columns):
+    change, second = weights(7, columns), correlated(columns)
+    assert quadratic_form(change, second) == pytest.approx(torch.trace(change @ second @ change.T).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "opt", "falcon_new"])

@@ -57,6 +57,24 @@ def test_foldings_are_those_of_the_block_shape(name):
     assert set(unscaled) == set(blocks[1].linears()) - {reader for f in foldings for reader in f.readers}
 
 
+def test_a_massive_activation_does_not_hide_that_silu_is_curved():
+    """A huge gate is a straight line for one token; the others tell that gate -> down is no folding."""
+    model, tokens = tiny_model("llama"), tiny_tokens(1, 8)
+    mlp = model.model.layers[0].mlp
+    inputs = []
+    handle = mlp.register_forward_hook(lambda _module, args, _out: inputs.append(args[0][0]))
+    with torch.no_grad():
+        model(tokens)
+        handle.remove()
+        only_first = torch.linalg.pinv(inputs[0])[:, 0]  # [C]: 1 for the first token, 0 for the other seven
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[5] = 1e4 * only_first
+        block = record_blocks(model, tokens)[0][0]
+        assert block.trial()[0, 0].norm() > 1e5 * block.trial()[0, 1:].norm()
+    producers = [last(folding.producer) for folding in find_foldings(block)[0]]
+    assert "up_proj" in producers and "gate_proj" not in producers
+
+
 def test_all_readers_of_a_shared_norm_are_balanced_together():
     blocks, _ = one_block("falcon_old")
     (folding,) = find_foldings(blocks[0])[0]

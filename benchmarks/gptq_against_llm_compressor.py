@@ -1,0 +1,157 @@
+"""GPTQ here against llm-compressor's `oneshot`, on one machine, one model and one text, one after the other.
+
+    python benchmarks/gptq_against_llm_compressor.py MODEL_FOLDER TEXT_FILE --peer PYTHON [--bits 4,3] [--symmetric]
+
+PYTHON is the interpreter of an environment of its own with llmcompressor installed (its pins clash with ours).
+Both get the same calibration windows, grid and evaluation windows. The clock holds `compress` and `oneshot` alone:
+loading, tokenising and evaluating are outside. CPU seconds are of the whole process, all threads. On a machine with
+other work to do use --threads 1: threads that wait for one another burn CPU seconds, most of all on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GROUP_SIZE = 64
+EVALUATION_SHARE = 4  # the last quarter of the text is held out
+EVALUATION_WINDOWS = 32
+
+
+def windows(folder: str, text: str, samples: int, length: int):
+    """Calibration windows [samples, length] at seeded positions and held-out evaluation windows [32, length]."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(Path(text).read_text(encoding="utf-8"), return_tensors="pt")
+    ids = tokens.input_ids[0]
+    cut = len(ids) - len(ids) // EVALUATION_SHARE
+    starts = torch.randint(cut - length, (samples,), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = ids[cut : cut + EVALUATION_WINDOWS * length]
+    return torch.stack([ids[start : start + length] for start in starts]), held_out.view(-1, length)
+
+
+def perplexity(model, tokens) -> float:
+    """exp of the mean token loss over windows [S, T]."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    losses = []
+    with torch.no_grad():
+        for window in tokens.split(2):
+            logits = model(window).logits[:, :-1].float()
+            losses.append(cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+def compress_here(model, calibration, bits: int, symmetric: bool):
+    """Our GPTQ in place: stops before the clock starts, after it ended, and when the model can be scored."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from harness.method import Bench, LanguageModel
+    from harness.progress import NoProgress
+    from methods.quantization.gptq import GPTQ
+    from methods.quantization.grids import IntegerGrid
+
+    class Windows:
+        def calibration_windows(self, tokenizer, generator):
+            return calibration
+
+    method = GPTQ(IntegerGrid(bits, symmetric, GROUP_SIZE))
+    base = LanguageModel(model, None, None, torch.float16)
+    bench = Bench(Windows(), torch.Generator().manual_seed(0), Path("."), NoProgress())
+    yield
+    method.compress(base, bench)
+    yield
+    for module in model.modules():
+        if hasattr(module, "prepare"):
+            module.prepare("scoring", torch.float32)
+    yield
+
+
+def compress_there(model, calibration, bits: int, symmetric: bool):
+    """llm-compressor's GPTQ in place, in the same three steps."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    data = Dataset.from_dict(
+        {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
+    )
+    arguments = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=GROUP_SIZE)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    samples, length = calibration.shape
+    yield
+    oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=samples, max_seq_length=length)
+    yield
+    for module in model.modules():
+        if hasattr(module, "quantization_enabled"):
+            module.quantization_enabled = False  # weights are already rounded; do not round them again
+    yield
+
+
+def measure(side: str, arguments: argparse.Namespace, bits: int) -> dict:
+    """Compress once in this process and report."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    calibration, held_out = windows(arguments.model, arguments.text, arguments.samples, arguments.window)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    steps = {"here": compress_here, "there": compress_there}[side](model, calibration, bits, arguments.symmetric)
+    next(steps)
+    cpu, wall = time.process_time(), time.perf_counter()
+    next(steps)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    next(steps)
+    return {"cpu_seconds": cpu, "wall_seconds": wall, "perplexity": perplexity(model, held_out)}
+
+
+def main() -> None:
+    """Run both sides for every bit-width and print the comparison; with --side, be one side."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a transformers model")
+    parser.add_argument("text", help="text file")
+    parser.add_argument("--peer", help="interpreter with llmcompressor")
+    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 for its own choice")
+    parser.add_argument("--side", choices=["here", "there"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, arguments, int(arguments.bits))))
+        return
+    if not arguments.peer:
+        parser.error("--peer PYTHON is needed: the interpreter of an environment with llmcompressor")
+    for bits in arguments.bits.split(","):
+        results = {}
+        for side, python in (("there", arguments.peer), ("here", sys.executable)):
+            command = [python, __file__, arguments.model, arguments.text, "--side", side, "--bits", bits]
+            command += ["--samples", str(arguments.samples), "--window", str(arguments.window)]
+            command += ["--threads", str(arguments.threads)]
+            command += ["--symmetric"] * arguments.symmetric
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[side] = json.loads(output.strip().splitlines()[-1])
+        for side, label in (("there", "llm-compressor"), ("here", "this project")):
+            r = results[side]
+            print(
+                f"{bits} bits, groups of {GROUP_SIZE}: {label}: {r['cpu_seconds']:.1f} CPU s, "
+                f"{r['wall_seconds']:.1f} s, perplexity {r['perplexity']:.3f}"
+            )
+        ratio = results["here"]["cpu_seconds"] / results["there"]["cpu_seconds"]
+        print(f"{bits} bits: ratio of CPU seconds {ratio:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
