@@ -191,3 +191,41 @@ def test_a_dense_model_has_no_kernel_divergence(tmp_path):
     found = measured(KernelDivergence(), language_model(), context(tmp_path, TEXT, decoding_dtype="bfloat16"))
     assert found["kernel_divergence"].value == 0.0
     assert found["kernel_divergence"].note == "dense matmul, bfloat16"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_kernels_compute_what_the_weights_say_and_a_wrong_one_shows(tmp_path, bits):
+    from methods.quantization.grids import IntegerGrid
+    from methods.quantization.round_to_nearest import rounded_linear
+
+    grid = IntegerGrid(bits=bits, symmetric=True, group_size=32 if bits == 4 else None)
+
+    def quantized() -> LanguageModel:
+        lm = language_model(hidden_size=64, intermediate_size=128)
+        for block in lm.module.model.layers:
+            for part in (block.self_attn, block.mlp):
+                for name, child in list(part.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(part, name, rounded_linear(child, grid, torch.float16))
+        return lm
+
+    ctx = context(tmp_path, TEXT, decoding_dtype="bfloat16")
+    sound = measured(KernelDivergence(), quantized(), ctx)["kernel_divergence"]
+    faulty_model = quantized()
+    layer = faulty_model.module.model.layers[0].mlp.down_proj
+    whole = type(layer).forward
+    decoding = []
+
+    def forward(x):
+        return whole(layer, x) * (1.5 if decoding else 1.0)
+
+    prepare = type(layer).prepare
+
+    def watched(mode, dtype):
+        prepare(layer, mode, dtype)
+        decoding[:] = [mode] if mode == "decoding" else []
+
+    layer.forward, layer.prepare = forward, watched
+    faulty = measured(KernelDivergence(), faulty_model, ctx)["kernel_divergence"]
+    assert 0 <= sound.value < 0.1 * faulty.value
+    assert "bfloat16" in sound.note
