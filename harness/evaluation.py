@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from harness.records import Measurement, write_json_atomically
+from harness.records import Measurement, measurement_from_json, write_json_atomically
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
@@ -74,7 +74,7 @@ def run_probes(
     for path in sorted(remaining, key=lambda path: getattr(files[path], "ends_stage", False)):
         measured = [_plain(measurement) for measurement in files[path].measure(lm, context)]
         write_json_atomically(measured, path)
-    return [_measurement(data) for path in files for data in json.loads(path.read_text(encoding="utf-8"))]
+    return [measurement_from_json(data) for path in files for data in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def _plain(measurement: Measurement) -> dict[str, Any]:
@@ -85,8 +85,3 @@ def _plain(measurement: Measurement) -> dict[str, Any]:
     if data["interval"] is not None and not all(map(isfinite, data["interval"])):
         data["interval"] = None
     return data
-
-
-def _measurement(data: dict[str, Any]) -> Measurement:
-    interval = data["interval"]
-    return Measurement(**{**data, "interval": None if interval is None else tuple(interval)})
