@@ -22,7 +22,7 @@ EVALUATION_SHARE = 4  # the last quarter of the text is held out
 EVALUATION_WINDOWS = 32
 
 
-def windows(folder: str, text: str, samples: int, length: int):
+def windows(folder: str, text: str, samples: int, length: int, seed: int):
     """Calibration windows [samples, length] at seeded positions and held-out evaluation windows [32, length]."""
     import torch
     from transformers import AutoTokenizer
@@ -30,7 +30,7 @@ def windows(folder: str, text: str, samples: int, length: int):
     tokens = AutoTokenizer.from_pretrained(folder)(Path(text).read_text(encoding="utf-8"), return_tensors="pt")
     ids = tokens.input_ids[0]
     cut = len(ids) - len(ids) // EVALUATION_SHARE
-    starts = torch.randint(cut - length, (samples,), generator=torch.Generator().manual_seed(0)).tolist()
+    starts = torch.randint(cut - length, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = ids[cut : cut + EVALUATION_WINDOWS * length]
     return torch.stack([ids[start : start + length] for start in starts]), held_out.view(-1, length)
 
@@ -105,7 +105,9 @@ def measure(side: str, arguments: argparse.Namespace, bits: int) -> dict:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    calibration, held_out = windows(arguments.model, arguments.text, arguments.samples, arguments.window)
+    calibration, held_out = windows(
+        arguments.model, arguments.text, arguments.samples, arguments.window, arguments.seed
+    )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     steps = {"here": compress_here, "there": compress_there}[side](model, calibration, bits, arguments.symmetric)
     next(steps)
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="of the positions of the calibration windows")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 for its own choice")
     parser.add_argument("--side", choices=["here", "there"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -139,7 +142,7 @@ def main() -> None:
         for side, python in (("there", arguments.peer), ("here", sys.executable)):
             command = [python, __file__, arguments.model, arguments.text, "--side", side, "--bits", bits]
             command += ["--samples", str(arguments.samples), "--window", str(arguments.window)]
-            command += ["--threads", str(arguments.threads)]
+            command += ["--threads", str(arguments.threads), "--seed", str(arguments.seed)]
             command += ["--symmetric"] * arguments.symmetric
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[side] = json.loads(output.strip().splitlines()[-1])
