@@ -483,7 +483,7 @@ def _kernels(records: list[RunRecord]) -> _Kernels:
         record.id: (record.find("time_per_output_token_ms") or record.find("decode_tokens_per_second") or _NONE).note
         for record in records
     }
-    parts = {id: [p for p in re.split(r"[,;] ", note) if p] for id, note in notes.items() if note}
+    parts = {id: note.partition("; ")[0].split(", ") for id, note in notes.items() if note}
     rest = [set(q[1:]) for q in parts.values()]
     shared = set.intersection(*rest) if rest else set()
     each = {id: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for id, q in parts.items()}
@@ -509,7 +509,19 @@ def _remarks(record: RunRecord) -> list[str]:
         for m in record.measurements
         if m.metric == "perplexity" and m.value is not None and m.note and "collapsed" not in m.note
     ]
+    remarks += _doubts_about_speed(record)
     return remarks
+
+
+def _doubts_about_speed(record: RunRecord) -> list[str]:
+    """What a reader must know before trusting the times: foreign load, repeats that did not settle."""
+    doubts: dict[str, list[str]] = {}
+    for m in record.measurements:
+        if m.metric == "time_per_output_token_ms":
+            for part in m.note.split("; ")[1:]:
+                if not re.fullmatch(r"\d+ requests", part):
+                    doubts.setdefault(m.on.partition(",")[0], []).append(part)
+    return [_shortened(f"speed at {on}: {', '.join(parts)}") for on, parts in doubts.items()]
 
 
 def _shortened(text: str, length: int = LONGEST_NOTE) -> str:
