@@ -7,6 +7,7 @@ off tensor identities during one call. Where looking shows that blocks cannot be
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -266,7 +267,7 @@ def _split(kind: str, args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
 
 
 def _check_chain(prefix: str, trial: list[_Step]) -> None:
-    for index, (step, following) in enumerate(zip(trial, trial[1:], strict=False)):
+    for index, (step, following) in enumerate(itertools.pairwise(trial)):
         if not torch.equal(_first(step.output), following.hidden):
             raise ConfigError(
                 f"{prefix}.{index + 1}: the model changes the hidden states between blocks; blocks cannot be run one "

@@ -127,7 +127,8 @@ def test_present_values_are_the_optimum_given_the_columns_done():
 def test_projection_to_itself_changes_nothing_and_costs_nothing():
     weight = weights(6, 40)
     sweep = sweep_columns(weight, correlated(40), lambda column, k, current: column.clone())
-    assert torch.equal(sweep.weight, weight) and sweep.error.sum() == 0
+    assert torch.equal(sweep.weight, weight)
+    assert sweep.error.sum() == 0
 
 
 def test_a_kept_column_absorbs_the_error():
@@ -170,7 +171,8 @@ def test_dead_columns_become_zero_and_do_not_disturb_the_others():
 def test_damping_is_raised_until_the_factor_exists():
     low_rank = torch.ones(40, 40) - 1e-3 * torch.eye(40)
     factor, used, retries = inverse_factor(low_rank, 1e-6)
-    assert retries >= 1 and used == pytest.approx(1e-6 * 10**retries)
+    assert retries >= 1
+    assert used == pytest.approx(1e-6 * 10**retries)
     inverse = torch.linalg.inv(damped(low_rank.double(), used))
     assert torch.allclose((factor.T @ factor).double(), inverse, rtol=0.05, atol=0.05 * inverse.abs().max())
     with pytest.raises(RunError, match="not finite"):

@@ -47,7 +47,8 @@ def test_exact_zeros_stay_zero(size):
     weight[2] = 0
     grid = IntegerGrid(3, group_size=size)
     rounded = grid.round(weight, grid.fit(weight, torch.float16))
-    assert (rounded[weight == 0] == 0).all() and rounded.isfinite().all()
+    assert (rounded[weight == 0] == 0).all()
+    assert rounded.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -0.7, 1e-7])
@@ -68,7 +69,8 @@ def test_scaling_the_weights_scales_the_result(symmetric):
 def test_smaller_groups_never_have_a_larger_step_and_more_bits_err_less():
     weight = weights(columns=64)
     steps = [IntegerGrid(4, group_size=g).fit(weight, torch.float32).scale.amax(1) for g in (64, 32, 8)]
-    assert (steps[0] >= steps[1]).all() and (steps[1] >= steps[2]).all()
+    assert (steps[0] >= steps[1]).all()
+    assert (steps[1] >= steps[2]).all()
     errors = []
     for bits in range(2, 9):
         grid = IntegerGrid(bits, group_size=16)

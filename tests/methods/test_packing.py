@@ -13,7 +13,8 @@ from methods.quantization.packing import pack, unpack, words
 def test_stream_is_one_long_little_endian_integer(bits, columns):
     codes = torch.randint(0, 2**bits, (3, columns), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     packed = pack(codes, bits)
-    assert packed.dtype == torch.int32 and packed.shape == (3, words(columns, bits))
+    assert packed.dtype == torch.int32
+    assert packed.shape == (3, words(columns, bits))
     for row, stored in zip(codes.tolist(), packed.tolist(), strict=True):
         number = sum(code << (bits * k) for k, code in enumerate(row))
         assert [word & 0xFFFFFFFF for word in stored] == [(number >> (32 * k)) & 0xFFFFFFFF for k in range(len(stored))]
