@@ -45,6 +45,7 @@ CONF = ROOT / "conf"
 DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 STAGE_REPORT = "stage.json"
+_WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,11 @@ def run(
         if reference.status == "finished":
             say(f"  {reference.title}: finished, {reference.path}")
     say(f"{title}: compressing and measuring ({digest})")
-    record = _measure(config, wanted, digest, parts, paths, reference, force, say)
-    write_record(record, path)
+    try:
+        record = _measure(config, wanted, digest, parts, paths, reference, force, say)
+        write_record(record, path)
+    except OSError as error:
+        return Outcome("failed", title, f"could not write below {paths.results}: {error.strerror or error}; {_WAY_OUT}")
     if track is not None:
         track(record)
     status = "finished" if record.status == "finished" else "failed"

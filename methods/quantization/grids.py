@@ -111,8 +111,10 @@ class IntegerGrid:
         return self._ungrouped((grouped - zero).mul_(scale), codes.shape)
 
     def round(self, weight: Tensor, scales: Scales) -> Tensor:
-        """`weight` [R, C] moved to the nearest points of the grid."""
-        return self.decode(self.encode(weight, scales), scales, weight.dtype)
+        """`weight` [R, C] moved to the nearest points of the grid: decode(encode(weight)) without the codes."""
+        scale, zero = scales.scale[..., None].to(weight.dtype), scales.zero[..., None].to(weight.dtype)
+        codes = (self._grouped(weight) / scale).round_().add_(zero).clamp_(0, self.top)
+        return self._ungrouped(codes.sub_(zero).mul_(scale), weight.shape)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """[R, C] -> [R, G, g]; a short last group is filled up with zeros, which every grid contains."""

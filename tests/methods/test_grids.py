@@ -126,3 +126,12 @@ def test_clipping_saturates_at_the_limit():
 def test_impossible_grids_are_refused(fields):
     with pytest.raises(ConfigError):
         IntegerGrid(**fields)
+
+
+@pytest.mark.parametrize("size", [16, None, "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_is_encoding_and_decoding_to_the_bit(size, symmetric):
+    weight = torch.randn(12, 48, generator=torch.Generator().manual_seed(3))
+    grid = IntegerGrid(3, symmetric, size)
+    scales = grid.fit(weight, torch.float16)
+    assert torch.equal(grid.round(weight, scales), grid.decode(grid.encode(weight, scales), scales))

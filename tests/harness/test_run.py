@@ -1,0 +1,72 @@
+"""The order of a run, with stages that fail on purpose."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from harness import run
+from harness.records import read_records
+from harness.run import Paths
+from tests.test_conf import resolved
+
+
+@pytest.fixture
+def config():
+    return resolved("model=tiny", "method=rtn", "evaluation=smoke", "tracker=none", "hardware.threads=1")
+
+
+def paths(tmp_path) -> Paths:
+    return Paths(tmp_path / "results", tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_is_a_message_and_leaves_no_record(config, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(run, "write_record", full)
+    monkeypatch.setattr(run, "_baseline_needed", lambda *_: False)
+    monkeypatch.setattr(run, "_measure", lambda *_: None)
+    outcome = run.run(config, paths(tmp_path), say=lambda _: None)
+    assert outcome.status == "failed"
+    assert "No space left" in outcome.reason
+    assert "paths.results=DIR" in outcome.reason
+    assert list(read_records(tmp_path / "results")) == []
+
+
+def test_a_failed_baseline_is_named_and_nothing_is_compared_with_it(config, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise run.stages.StageFailure("compress", "memory", "out of memory: planted")
+
+    monkeypatch.setattr(run.stages, "run_stage", fail)
+    outcome = run.run(config, paths(tmp_path), say=lambda _: None)
+    assert outcome.status == "failed"
+    assert "dense baseline failed" in outcome.reason
+    assert "planted" in outcome.reason
+    ((_, record),) = read_records(tmp_path / "results")
+    assert (record.card["name"], record.status, record.failure.stage) == ("dense", "failed", "compress")
+
+
+def test_a_torn_record_is_named_and_not_overwritten(config, tmp_path):
+    wanted = run.identity(config)
+    path = run.record_path(wanted, run.digest_of(wanted), paths(tmp_path))
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1, "id": ')
+    outcome = run.run(config, paths(tmp_path), say=lambda _: None)
+    assert outcome.status == "failed"
+    assert path.name in outcome.reason
+    assert path.read_text() == '{"schema": 1, "id": '
+
+
+def test_names_cannot_leave_the_results_folder(config, tmp_path):
+    config["model"]["name"] = "../../etc/passwd"
+    wanted = run.identity(config)
+    path = run.record_path(wanted, "0" * 12, paths(tmp_path)).resolve()
+    assert (tmp_path / "results" / "records").resolve() in path.parents
+
+
+def test_the_dense_twin_differs_in_method_and_card_alone(config):
+    twin = run.dense_twin(config)
+    assert run.is_dense(twin)
+    assert {key for key in config if config[key] != twin[key]} == {"method", "card"}
