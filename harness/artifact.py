@@ -108,7 +108,9 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
         try:
             state |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{file} is not a readable safetensors file ({error}); delete {folder} and run again") from error
+            raise RunError(
+                f"{file} is not a readable safetensors file ({error}); delete {folder} and run again"
+            ) from error
     stored = {name for name, spec in description["modules"].items()}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in stored:

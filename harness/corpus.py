@@ -349,8 +349,9 @@ def _replace_links(text: str) -> str:
             return ""
         return label
 
-    while inner.search(text):  # captions of images hold links of their own: innermost first
-        text = inner.sub(words, text)
+    replaced = 1
+    while replaced:  # captions of images hold links of their own: innermost first
+        text, replaced = inner.subn(words, text)
     return re.sub(r"\[(?:https?:)?//\S+\s*([^\]]*)\]", r"\1", text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -177,11 +178,24 @@ def load_average() -> float | None:
 
 def available_memory_bytes() -> int | None:
     """Memory that a new process could take without swapping; None where the system does not say."""
+    return _kibibytes("/proc/meminfo", "MemAvailable")
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds now; None where the system does not say."""
+    return _kibibytes("/proc/self/status", "VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process ever held; None where the system does not say."""
+    return _kibibytes("/proc/self/status", "VmHWM")
+
+
+def _kibibytes(file: str, field: str) -> int | None:
+    """A size that Linux prints as "field: 123 kB", in bytes."""
     try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except OSError:
         return None
-    for line in text.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    found = re.search(rf"^{field}:\s+(\d+) kB$", text, flags=re.M)
+    return int(found[1]) * 1024 if found else None

@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 from harness import artifact, wheels
 from harness.environment import available_memory_bytes
 from harness.errors import ConfigError, RunError
+from harness.records import write_text_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -237,10 +238,14 @@ def _load_folder(
 def _load_gguf(
     file: Path, digest: str, storage_dtype: str, cache: Path, device: str, dtype: torch.dtype
 ) -> LanguageModel:
-    """A GGUF file, converted on first use to a folder in the cache named by its hash."""
+    """A GGUF file, converted on first use to a folder in the cache named by its hash, and checked ever after."""
     folder = cache / "models" / f"{digest[:12]}-{storage_dtype}"
-    if not (folder / artifact.DESCRIPTION).exists():
+    checksum = folder.with_suffix(".sha256")
+    if not (folder / artifact.DESCRIPTION).exists() or not checksum.exists():
         artifact.save(_convert_gguf(file, storage_dtype), folder)
+        write_text_atomically(artifact.sha256(folder), checksum)
+    if artifact.sha256(folder) != checksum.read_text(encoding="utf-8"):
+        raise RunError(f"{folder} changed after it was converted from {file.name}; delete it and run again")
     return artifact.load(folder, device, dtype)
 
 

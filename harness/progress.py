@@ -16,9 +16,7 @@ class TerminalProgress:
         """Yield the items while showing `what`, how many are done and how long the rest may take."""
         from tqdm import tqdm
 
-        yield from tqdm(
-            items, desc=what, total=total, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        yield from tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
 class NoProgress:

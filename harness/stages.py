@@ -20,9 +20,17 @@ from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from harness.environment import peak_resident_bytes
 from harness.errors import ConfigError, RunError
 
-PRELOAD = ["torch", "transformers.modeling_utils", "transformers.models.auto", "harness.engines.transformers"]
+PRELOAD = [
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto",
+    "harness.engines.transformers",
+    "pandas",
+    "lm_eval.evaluator",
+]
 GRACE_SECONDS = 5
 
 
@@ -107,18 +115,6 @@ def run_stage(
             raise StageFailure(stage, answer["error"], f"{answer['reason']} (traceback in {log})")
         raise StageFailure(stage, answer["error"], answer["reason"])
     return StageResult(answer["value"], seconds, answer["peak_bytes"])
-
-
-def peak_resident_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _child(answers: connection.Connection, function: Callable, arguments: dict[str, Any], threads: int) -> None:

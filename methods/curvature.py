@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harness.errors import RunError
-from methods.blocks import Block, input_groups
+from methods.blocks import Block, decoder_blocks, input_groups, record_blocks
+
+if TYPE_CHECKING:
+    from harness.method import Bench, LanguageModel
 
 PANEL_COLUMNS = 192  # of the symmetric product that are computed at a time
 INNER_COLUMNS = 16  # columns after which the rest of a lazy block is brought up to date
@@ -88,6 +91,15 @@ def _add_product(upper: Tensor, x: Tensor) -> None:
         return
     for first in range(0, x.shape[1], PANEL_COLUMNS):
         upper[first : first + PANEL_COLUMNS, first:].addmm_(x[:, first : first + PANEL_COLUMNS].T, x[:, first:])
+
+
+def blocks_to_calibrate(
+    base: LanguageModel, bench: Bench, working_memory_gib: float
+) -> tuple[list[Block], list[Tensor]]:
+    """The decoder blocks ready to be run, and what enters the first, for the calibration windows of this run."""
+    windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
+    _, modules = decoder_blocks(base.module)
+    return record_blocks(base.module, windows, windows_that_fit(modules[0], windows, working_memory_gib))
 
 
 def quadratic_form(change: Tensor, second: Tensor) -> float:

@@ -49,7 +49,7 @@ def generated_corpus() -> Corpus:
 
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory, generated_corpus) -> Path:
-    """A tiny model trained on generated sentences, saved: its perplexity is far below chance, so losses mean something."""
+    """A tiny model trained on generated sentences, saved: losses mean something."""
     lm = tiny_llama()
     tokens = generated_corpus._tokens(lm.tokenizer, generated_corpus.calibration, "calibration")
     generator = torch.Generator().manual_seed(0)

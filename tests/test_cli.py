@@ -58,7 +58,9 @@ def states(results: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_help_lists_every_choice_without_loading_torch():
-    code = "import sys; sys.argv = ['harness', '--help']; import harness.cli as c; c.main(); print('torch' in sys.modules)"
+    code = (
+        "import sys; sys.argv = ['harness', '--help']; import harness.cli as c; c.main(); print('torch' in sys.modules)"
+    )
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.rstrip().endswith("False")
     for group in GROUPS:

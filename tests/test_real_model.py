@@ -36,7 +36,9 @@ SETTINGS = [
 def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     command = [sys.executable, "-m", "harness", "-m", "method=rtn,gptq,awq", "bits=3,4", *SETTINGS]
-    answer = subprocess.run([*command, f"paths.results={folder}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [*command, f"paths.results={folder}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder
 

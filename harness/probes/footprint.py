@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from harness import artifact
+from harness.environment import peak_resident_bytes, resident_bytes
 from harness.errors import ConfigError
 from harness.records import Measurement
 
@@ -136,17 +137,10 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
     except OSError:
         return None
-    idle = _resident("VmRSS")
+    idle = resident_bytes()
     work()
-    peak = _resident("VmHWM")
+    peak = peak_resident_bytes()
     return None if idle is None or peak is None else max(peak - idle, 0)
-
-
-def _resident(field: str) -> int | None:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _bytes(metric: str, value: float, on: str, note: str = "") -> Measurement:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
-from methods.blocks import Block, decoder_blocks, plain_linears, record_blocks
-from methods.curvature import Moments, observe_block, quadratic_form, windows_that_fit
+from methods.blocks import Block, plain_linears
+from methods.curvature import Moments, blocks_to_calibrate, observe_block, quadratic_form
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
 from methods.quantization.smoothing import Folding, find_foldings, fold
@@ -66,10 +66,7 @@ class AWQ:
         """Search, scale, clip and round one block after the other."""
         for name, linear in plain_linears(base.module).items():
             self.grid.check(name, linear.in_features)
-        windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
-        _, modules = decoder_blocks(base.module)
-        chunk = windows_that_fit(modules[0], windows, self.working_memory_gib)
-        blocks, hidden = record_blocks(base.module, windows, chunk)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
         for block in bench.progress.track(blocks, "AWQ", len(blocks)):
             moments, outputs = observe_block(block, hidden, magnitudes=True)
             self._compress_block(block, hidden, moments, base.storage_dtype)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from methods.blocks import Block, decoder_blocks, plain_linears, record_blocks
-from methods.curvature import Moments, Sweep, calibrate_block, sweep_columns, windows_that_fit
+from methods.blocks import Block, plain_linears
+from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
 from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import QuantizedLinear
 
@@ -68,10 +68,7 @@ class GPTQ:
         """Calibrate and replace the linears of one block after the other."""
         for name, linear in plain_linears(base.module).items():
             self.grid.check(name, linear.in_features)
-        windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
-        _, modules = decoder_blocks(base.module)
-        chunk = windows_that_fit(modules[0], windows, self.working_memory_gib)
-        blocks, hidden = record_blocks(base.module, windows, chunk)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
         for block in bench.progress.track(blocks, "GPTQ", len(blocks)):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
         return base

@@ -1,6 +1,6 @@
 """GPTQ here against llm-compressor's `oneshot`, on one machine, one model and one text, one after the other.
 
-    python tests/benchmarks/gptq_against_llm_compressor.py MODEL_FOLDER TEXT_FILE --peer PYTHON [--bits 4,3] [--symmetric]
+    python tests/benchmarks/gptq_against_llm_compressor.py MODEL_FOLDER TEXT_FILE --peer PYTHON [--bits 4,3]
 
 PYTHON is the interpreter of an environment of its own with llmcompressor installed (its pins clash with ours).
 Both get the same calibration windows, grid and evaluation windows. The clock holds `compress` and `oneshot` alone:

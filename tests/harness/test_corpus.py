@@ -93,7 +93,7 @@ def test_calibrating_on_the_domain_of_the_evaluation_is_flagged(tmp_path):
     assert not Corpus("different", one, other, 1, 8).in_domain
 
 
-LONG = "and so the sentence goes on for a while, because captions and list items are far too short to count as prose at all"
+LONG = "and so the sentence goes on, because captions and list items are much too short to be taken for prose by any"
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,7 @@ def test_an_unsteady_machine_is_said(trained, context):
 
     trained.engine.generate = generate
     (measured,) = [
-        m
-        for m in speed(clock, max_repeats=6).measure(trained, context)
-        if m.metric == "time_per_output_token_ms"
+        m for m in speed(clock, max_repeats=6).measure(trained, context) if m.metric == "time_per_output_token_ms"
     ]
     assert "6 requests, interval wider than ±3%" in measured.note
     low, high = measured.interval
