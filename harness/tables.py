@@ -556,8 +556,9 @@ def _absent(records: list[RunRecord], groups: Sequence[Group]) -> str:
 
 
 def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
-    """What a reader must know before the numbers: workloads, text, arithmetic, machine, versions, dates."""
-    lines = []
+    """What a reader must know before the numbers: model, workloads, text, arithmetic, versions, dates."""
+    notes = dict.fromkeys(str((record.config.get("model") or {}).get("note") or "") for record in records)
+    lines = [f"Model: {_shortened(note)}" for note in notes if note]
     for metric, words in (("perplexity", "Perplexity"), ("accuracy", "Tasks")):
         on = [c.on for c in columns if c.quantity.metric == metric and c.on]
         if on:
@@ -567,13 +568,17 @@ def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str
     speed = [c for c in columns if c.quantity.metric in PROTOCOL_METRICS and c.on and _batch(c.on) < math.inf]
     if speed:
         on = "; ".join(f"{heads} at {on}" for on, heads in _heads_by_workload(speed).items())
-        lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel else ""))
+        lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel and not on.endswith(kernel) else ""))
     calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if _name(r) != DENSE.name}
     calibration.discard("null")
     if len(calibration) == 1:
         settings = json.loads(calibration.pop())
         if isinstance(settings, dict):
-            lines.append("Calibration: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+            texts = [(record.environment.get("text") or {}) for record in records]
+            source = _distinct(text["calibration"]["name"] for text in texts if text.get("calibration"))
+            domain = "in the domain of the evaluation" if any(t.get("calibrated_in_domain") for t in texts) else ""
+            facts = [source, *(f"{key} {value}" for key, value in settings.items()), domain]
+            lines.append("Calibration: " + ", ".join(filter(None, facts)))
     environments = [record.environment for record in records]
     facts = [
         _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),

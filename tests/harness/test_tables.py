@@ -463,3 +463,13 @@ def test_units_of_percent_are_not_scaled_twice():
     ]
     (block,) = blocks([replace(run, measurements=percent)])
     assert rows_of(block)["GPTQ 4"]["cloze %"].value == "41.5"
+
+
+def test_the_model_s_note_and_calibration_in_the_domain_are_said_above_the_numbers():
+    records = [replace(run, config={**run.config, "model": {"note": "rounded before"}}) for run in sweep()]
+    text = {"calibration": {"name": "articles"}, "calibrated_in_domain": True}
+    records = [replace(run, environment={**run.environment, "text": text}) for run in records]
+    shown = tables.summary_table(records)
+    assert "Model: rounded before" in shown
+    assert "Calibration: articles" in shown
+    assert "in the domain of the evaluation" in shown
