@@ -157,9 +157,8 @@ def build(config: dict[str, Any]) -> Parts:
     probes = [make(probe, f"evaluation.probes.{name}") for name, probe in config["evaluation"]["probes"].items()]
     if not probes:
         raise ConfigError("evaluation has no probes: choose evaluation=quick, or name one")
-    corpus = make(
-        {"_target_": "harness.corpus.Corpus", **config["corpus"], **config["calibration"]}, "corpus and calibration"
-    )
+    texts = {key: value for key, value in config["corpus"].items() if key != "path"}  # corpus.path is for its texts
+    corpus = make({"_target_": "harness.corpus.Corpus", **texts, **config["calibration"]}, "corpus and calibration")
     return Parts(
         method=make(config["method"], "method"),
         model=make(config["model"], "model"),

@@ -92,6 +92,16 @@ def test_an_impossible_value_is_refused_and_leaves_nothing(settings, tmp_path):
     assert not (tmp_path / "records").exists()
 
 
+def test_a_text_too_short_for_one_window_is_said_with_the_way_out(trained_folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("too short", encoding="utf-8")
+    model = ["model=local", f"model.path={trained_folder}", "corpus=text", f"corpus.path={text}"]
+    answer = call("method=dense", *model, *SETTINGS[1:], f"paths.results={tmp_path}")
+    assert answer.returncode == 1
+    assert "less than one window of 64" in answer.stderr
+    assert "longer text" in answer.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- a sweep
 
 

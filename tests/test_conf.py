@@ -73,6 +73,15 @@ def test_every_corpus_builds(corpus):
     assert run.build(resolved(f"corpus={corpus}")).corpus.name == corpus
 
 
+def test_a_text_file_of_the_user_s_builds(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("one\n\ntwo", encoding="utf-8")
+    corpus = run.build(resolved("corpus=text", f"corpus.path={file}")).corpus
+    assert corpus.calibration.documents("calibration") == ["one", "two"]
+    paths = [f"corpus.{side}.path={file}" for side in ("calibration", "evaluation")]
+    assert run.build(resolved("corpus=text-pair", *paths)).corpus.evaluation.documents("evaluation") == ["one\n\ntwo"]
+
+
 @pytest.mark.parametrize("calibration", options("calibration"))
 def test_every_calibration_builds(calibration):
     config = resolved(f"calibration={calibration}")
