@@ -84,7 +84,7 @@ class AWQ:
         for folding, scale in zip(foldings, scales, strict=True):  # every search saw the block unscaled
             fold(block, folding, scale)
             for name in folding.readers:
-                second[name] = second[name] / torch.outer(scale, scale)
+                second[name] = moment_of_scaled(second[name], scale)
         for name, linear in linears.items():
             weight = linear.weight.float()
             clipped = self.clip and not any(part in name.rpartition(".")[2] for part in NOT_CLIPPED)
@@ -149,6 +149,11 @@ def channel_scale(magnitude: Tensor, exponent: float) -> Tensor:
     """s = mean|x|^α, centred so that its largest and smallest are inverse to each other. [C] -> [C]"""
     scale = magnitude.pow(exponent).clamp(min=SMALLEST_SCALE)
     return scale / (scale.max() * scale.min()).sqrt()
+
+
+def moment_of_scaled(second: Tensor, scale: Tensor) -> Tensor:
+    """Mean of (x/s)(x/s)ᵀ, from H = mean of xxᵀ [C, C] and s [C]: what linears read once s is folded into them."""
+    return second / torch.outer(scale, scale)
 
 
 def moment_loss(second: Tensor) -> Callable[[list[Tensor], list[Tensor]], float]:

@@ -13,7 +13,7 @@ from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
 from methods.blocks import block_linears, record_blocks
 from methods.curvature import observe_block
-from methods.quantization.awq import AWQ, _output_loss, channel_scale, moment_loss
+from methods.quantization.awq import AWQ, _output_loss, channel_scale, moment_loss, moment_of_scaled
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
 from methods.quantization.round_to_nearest import RoundToNearest
@@ -195,3 +195,11 @@ def test_both_searches_lower_their_own_loss_where_channels_differ():
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(ConfigError):
         AWQ(**{"grid": GRID, **fields})
+
+
+def test_moments_after_folding_are_those_of_the_divided_inputs():
+    generator = torch.Generator().manual_seed(11)
+    x, scale = torch.randn(50, 6, generator=generator), torch.rand(6, generator=generator) + 0.5
+    divided = x / scale
+    expected = divided.T @ divided / len(x)
+    assert torch.allclose(moment_of_scaled(x.T @ x / len(x), scale), expected, rtol=1e-5, atol=1e-6)
