@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        replaced = {name: module for name, module in lm.module.named_modules() if hasattr(module, "spec")}
+        replaced = _outermost({name: module for name, module in lm.module.named_modules() if hasattr(module, "spec")})
         state = _state_to_store(lm, replaced)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         _require_space(partial, needed)
@@ -63,6 +64,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
             "linears": {name: [linear.out_features, linear.in_features] for name, linear in linears.items()},
             "modules": {name: {"_target_": _path_of(module), **module.spec()} for name, module in replaced.items()},
             "parameters": _dense_parameter_count(lm.module, replaced),
+            "engine": getattr(lm.engine, "settings", dict)(),
         }
         write_json_atomically(description, partial / DESCRIPTION)
         for file in partial.rglob("*"):
@@ -113,7 +115,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
             ) from error
     stored = {name for name, spec in description["modules"].items()}
     for name, tensor in state.items():
-        if tensor.is_floating_point() and name.rpartition(".")[0] not in stored:
+        if tensor.is_floating_point() and not _inside(name, stored):
             state[name] = tensor.to(dtype)
     _, unexpected = module.load_state_dict(state, strict=False, assign=True)
     module.tie_weights()
@@ -127,7 +129,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        engine=TransformersEngine(module),
+        engine=TransformersEngine(module, **description.get("engine", {})),
         storage_dtype=getattr(torch, description["storage_dtype"]),
     )
 
@@ -180,8 +182,7 @@ def _state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[s
     for name, tensor in lm.module.state_dict().items():
         if name in tied:
             continue
-        own = name.rpartition(".")[0] in replaced
-        if tensor.is_floating_point() and not own:
+        if tensor.is_floating_point() and not _inside(name, replaced):
             tensor = tensor.to(lm.storage_dtype)
         state[name] = tensor.detach().to("cpu").contiguous()
     return state
@@ -199,23 +200,38 @@ def _config(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, Any]
 
 
 def _compressed_tensors(module: nn.Module, schemes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors' pack-quantized format: one group per distinct scheme."""
+    """The `quantization_config` of compressed-tensors: one group per distinct scheme."""
     from torch import nn
 
     groups: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
+    formats = {scheme["format"] for scheme in schemes.values()}
     dense = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": dense,
         "config_groups": {
-            f"group_{index}": {"targets": ["Linear"] if len(groups) == 1 else names, "weights": json.loads(scheme)}
+            f"group_{index}": {"targets": ["Linear"] if len(groups) == 1 else names, **json.loads(scheme)}
             for index, (scheme, names) in enumerate(groups.items())
         },
     }
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without those inside another: a layer around a layer describes both."""
+    return {name: module for name, module in modules.items() if not _inside(name, modules)}
+
+
+def _inside(name: str, owners: Collection[str]) -> bool:
+    """Whether a parameter or module lies inside one of the modules `owners` (and is not itself one)."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in owners:
+            return True
+    return False
 
 
 def _dense_parameter_count(module: nn.Module, replaced: dict[str, nn.Module]) -> int:
@@ -223,7 +239,7 @@ def _dense_parameter_count(module: nn.Module, replaced: dict[str, nn.Module]) ->
     plain = sum(
         parameter.numel()
         for name, parameter in module.named_parameters()  # yields tied parameters once
-        if name.rpartition(".")[0] not in replaced
+        if not _inside(name, replaced)
     )
     packed = 0
     for child in replaced.values():
@@ -237,7 +253,11 @@ def _path_of(module: nn.Module) -> str:
 
 
 def _rebuild(name: str, spec: dict[str, Any]) -> nn.Module:
-    arguments = dict(spec)
+    """The layer that a description names, layers inside it first."""
+    arguments = {
+        key: _rebuild(f"{name}.{key}", value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in spec.items()
+    }
     path, _, class_name = arguments.pop("_target_").rpartition(".")
     if not path.startswith(TRUSTED_PREFIX):
         raise RunError(f"{name}: the saved model names {path}.{class_name}, which is not part of this project")

@@ -26,6 +26,7 @@ GROUPS = {  # the order in which help lists them
     "corpus": "text to calibrate on and to evaluate on",
     "calibration": "how much text a method may calibrate on",
     "grid": "numbers that weights are rounded to: grid@method.grid=NAME",
+    "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }

@@ -6,8 +6,9 @@ quality and speed are counted from outside, on the artifact that was saved and l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -49,14 +50,53 @@ class Progress(Protocol):
         """Yield the items while showing `what`, how many are done and how long the rest may take."""
 
 
+@dataclass
+class TrainingLog:
+    """Learning curves of a run and how many tokens it trained on; what a killed run wrote is read again.
+
+    file: one JSON line per point; None keeps the log in memory only.
+    """
+
+    file: Path | None = None
+    tokens: int = 0
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file is not None and self.file.exists():
+            text = self.file.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                if line.endswith("]"):  # the last line of a killed run may be torn
+                    curve, step, value = json.loads(line)
+                    self.curves.setdefault(curve, {})[step] = value
+            if not text.endswith("\n"):
+                self.file.write_text(f"{text}\n", encoding="utf-8")
+
+    def point(self, curve: str, step: int, value: float) -> None:
+        """Note a value; a step that is run again after a kill replaces what it wrote before."""
+        self.curves.setdefault(curve, {})[step] = value
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps([curve, step, value]) + "\n")
+
+    def thinned(self, points: int = 200) -> dict[str, list[list[float]]]:
+        """Every curve as [[step, value], ...], at most `points` of each, the last among them."""
+        kept = {}
+        for curve, values in self.curves.items():
+            ordered = sorted(values.items())
+            stride = -(-len(ordered) // points)
+            kept[curve] = [list(pair) for pair in ordered[::-1][::stride][::-1]]
+        return kept
+
+
 @dataclass(frozen=True)
 class Bench:
     """All that a method may use besides the model."""
 
     corpus: Corpus  # text to calibrate on, train on, or question a teacher with
     generator: torch.Generator  # the only source of randomness
-    scratch: Path  # may vanish after the run
+    scratch: Path  # outlives a killed run, so that it can go on where it stopped; gone after a finished one
     progress: Progress
+    log: TrainingLog = field(default_factory=TrainingLog)
 
 
 class Method(Protocol):

@@ -63,6 +63,7 @@ class RunRecord:
     config: dict[str, Any]  # resolved: method, model, hardware, corpus, calibration, evaluation, seed
     measurements: list[Measurement] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)  # learning curves: [[step, value], ...]
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: dict[str, Any] = field(default_factory=dict)  # path, bytes, sha256
     failure: Failure | None = None

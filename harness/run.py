@@ -298,7 +298,7 @@ def _measure(
     kept = paths.scratch / "measurements" / digest
     log = paths.scratch / "logs" / digest
     if force:
-        for folder in (artifact, kept, samples):
+        for folder in (artifact, artifact.with_name(artifact.name + ".work"), kept, samples):
             shutil.rmtree(folder, ignore_errors=True)
     record = RunRecord(
         id=digest,
@@ -318,7 +318,7 @@ def _measure(
     measurements: list[Measurement] = []
     try:
         report = _compress(shared, artifact, parts.hardware, log, say)
-        record = replace(record, cost=report["cost"], artifact=report["artifact"])
+        record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record.environment.update(report["origin"])
         measurements += _cost_measurements(report["cost"])
         folders = {"samples": str(samples), "kept": str(kept)}
@@ -375,7 +375,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
     import torch
 
     from harness import artifact as artifacts
-    from harness.method import Bench
+    from harness.method import Bench, TrainingLog
     from harness.progress import TerminalProgress
 
     quiet_libraries()
@@ -383,20 +383,20 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
     base, origin = parts.model.load(Path(cache), parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype))
     scratch = folder.with_name(folder.name + ".work")
     scratch.mkdir(parents=True, exist_ok=True)
-    bench = Bench(parts.corpus, torch.Generator().manual_seed(config["seed"]), scratch, TerminalProgress())
+    learned = TrainingLog(scratch / "curves.jsonl")
+    generator = torch.Generator().manual_seed(config["seed"])
+    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned)
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started, started_cpu = time.perf_counter(), time.process_time()
-    try:
-        compressed = parts.method.compress(base, bench)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    compressed = parts.method.compress(base, bench)
     if on_gpu:
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     provenance = parts.corpus.provenance(base.tokenizer)
     artifacts.save(compressed, folder)
+    shutil.rmtree(scratch, ignore_errors=True)  # only now: a killed run goes on from what it left there
     calibrates = config["card"].get("calibrates", True)
     cost = {
         # a dense model was not compressed: an empty cell, not a zero
@@ -404,6 +404,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
+        "training_tokens": learned.tokens,
     }
     if not calibrates:
         provenance.pop("calibration")
@@ -411,6 +412,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
         "cost": cost,
         "artifact": {"path": folder.name, "bytes": artifacts.stored_bytes(folder), "sha256": artifacts.sha256(folder)},
         "origin": {"model_origin": origin, "text": provenance},
+        "curves": learned.thinned(),
     }
 
 

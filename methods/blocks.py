@@ -57,8 +57,14 @@ def block_linears(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears_in(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Full dotted name -> every linear below `module`, which is called `prefix`."""
-    return {name: child for name, child in module.named_modules(prefix=prefix) if is_linear(child)}
+    """Full dotted name -> every linear below `module`, which is called `prefix`; not those inside another linear."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, child in module.named_modules(prefix=prefix):  # a module comes before what it contains
+        if is_linear(child) and not name.startswith(inside or ("\0",)):
+            found[name] = child
+            inside = (f"{name}.",)
+    return found
 
 
 def plain_linears(module: nn.Module) -> dict[str, nn.Linear]:

@@ -20,7 +20,7 @@ from harness.errors import ConfigError
 from methods.blocks import Block, plain_linears
 from methods.curvature import Moments, blocks_to_calibrate, observe_block, quadratic_form
 from methods.quantization.grids import IntegerGrid
-from methods.quantization.linear import QuantizedLinear
+from methods.quantization.linear import pack_linear
 from methods.quantization.smoothing import Folding, find_foldings, fold
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class AWQ:
             clipped = self.clip and not any(part in name.rpartition(".")[2] for part in NOT_CLIPPED)
             limit = self.best_limit(weight, second[name], dtype) if clipped else None
             fitted = self.grid.fit(weight, dtype, limit)
-            block.replace(name, QuantizedLinear.from_codes(linear, self.grid.encode(weight, fitted), fitted, self.grid))
+            block.replace(name, pack_linear(linear, self.grid.encode(weight, fitted), fitted, self.grid))
 
     def _best_scale(
         self,

@@ -8,7 +8,7 @@ Scales are rounded to the type they are stored in *before* weights are encoded, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,13 +16,46 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 
+if TYPE_CHECKING:
+    from methods.quantization.linear import PackedLinear
+
 
 @dataclass(frozen=True)
 class Scales:
     """Where the grid of every group lies. All groups of a weight [R, C]: G per row, or one for the whole tensor."""
 
     scale: Tensor  # [R, G] ([1, 1] for a tensor-wide grid), storage dtype
-    zero: Tensor  # like scale, int32, code that means 0
+    zero: Tensor | None  # like scale, int32, code that means 0; None for code books, whose values hold a 0
+
+
+class Grid(Protocol):
+    """What a weight matrix can be rounded to: `2^bits` values a group, placed by a scale."""
+
+    bits: int
+
+    def width(self, columns: int) -> int:
+        """Input channels per group."""
+
+    def groups(self, columns: int) -> int:
+        """Groups per row."""
+
+    def check(self, name: str, columns: int) -> None:
+        """Raise ConfigError unless `columns` input channels can be grouped as configured."""
+
+    def fit(self, weight: Tensor, dtype: torch.dtype, limit: Tensor | None = None) -> Scales:
+        """The grid of every group of `weight` [R, C], scales in `dtype`."""
+
+    def encode(self, weight: Tensor, scales: Scales) -> Tensor:
+        """Nearest codes of `weight` [R, C], uint8."""
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What codes [R, C] mean."""
+
+    def round(self, weight: Tensor, scales: Scales) -> Tensor:
+        """`weight` [R, C] moved to the nearest points of the grid."""
+
+    def layer(self) -> type[PackedLinear]:
+        """The class of layers that store weights on this grid."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +148,12 @@ class IntegerGrid:
         scale, zero = scales.scale[..., None].to(weight.dtype), scales.zero[..., None].to(weight.dtype)
         codes = (self._grouped(weight) / scale).round_().add_(zero).clamp_(0, self.top)
         return self._ungrouped(codes.sub_(zero).mul_(scale), weight.shape)
+
+    def layer(self) -> type[PackedLinear]:
+        """The class of layers that store weights on this grid."""
+        from methods.quantization.linear import QuantizedLinear
+
+        return QuantizedLinear
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """[R, C] -> [R, G, g]; a short last group is filled up with zeros, which every grid contains."""

@@ -1,20 +1,21 @@
-"""A linear layer whose weights are really packed integers.
+"""Linear layers whose weights are really packed, and the one for integers.
 
-In memory and on disk it holds what compressed-tensors' `pack-quantized` format holds, under the same names, so its
-state is the checkpoint. It computes in one of three modes: from the packed state, from a dense copy (quality), or
-through the platform's packed kernel where there is one (speed).
+A packed layer computes in one of three modes: from the packed state, from a dense copy (quality), or through the
+platform's kernel where there is one (speed). In memory and on disk the integer layer holds what compressed-tensors'
+`pack-quantized` format holds, under the same names, so its state is the checkpoint.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import RunError
-from methods.quantization.grids import IntegerGrid, Scales
+from methods.quantization.activations import InputGrid
+from methods.quantization.grids import Grid, IntegerGrid, Scales
 from methods.quantization.packing import pack, unpack, words
 
 DEQUANTISED = "dequantised"
@@ -28,8 +29,152 @@ INT8_ROWS = 32
 Mode = Literal["stored", "scoring", "decoding"]
 
 
-class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + b with W [out_features, in_features] on an integer grid.
+class PackedLinear(nn.Module):
+    """y = q(x) Wᵀ + b for a weight [out_features, in_features] that is stored packed; q quantizes the inputs, or not.
+
+    A subclass registers the buffers of its format (they are the checkpoint), says in `dequantise` what they mean and
+    in `spec` how to rebuild it, and may bring a kernel. `bias` and a static grid's `input_scale` are kept here.
+
+    stored_names: the weight's buffers, dropped from memory when decoding is prepared.
+    inputs: arguments of the InputGrid, None for inputs that stay as they are.
+    """
+
+    stored_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, scale_dtype: str, inputs: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scale_dtype = getattr(torch, scale_dtype)
+        self.inputs = None if inputs is None else InputGrid(**inputs)
+        self.mode: Mode = "stored"
+        self.kernel = self.plain_kernel
+        self.register_buffer("bias", torch.empty(out_features, dtype=self.scale_dtype) if bias else None)
+        static = self.inputs is not None and self.inputs.static
+        self.register_buffer("input_scale", torch.empty(1, dtype=self.scale_dtype) if static else None)
+        self.register_buffer("dense", None, persistent=False)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [out, in] as numbers: computed in float32, rounded once to `dtype`."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments that rebuild this layer with empty buffers."""
+        raise NotImplementedError
+
+    def compressed_tensors_scheme(self) -> dict[str, Any] | None:
+        """This layer as a compressed-tensors scheme with its `format`; None where no format of it can say it."""
+        raise NotImplementedError
+
+    def decode_operand(self, dtype: torch.dtype) -> bool:
+        """Build what a real kernel reads and name it in `self.kernel`; False where this platform has none."""
+        return False
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out] without bias, through the operand of `decode_operand`; it quantizes inputs itself."""
+        raise NotImplementedError
+
+    def drop_operand(self) -> None:
+        """Forget what `decode_operand` built."""
+
+    @property
+    def plain_kernel(self) -> str:
+        """Name of the arithmetic without a kernel: a dense product, of inputs that were rounded if they have a grid."""
+        return DEQUANTISED if self.inputs is None else f"{DEQUANTISED}, inputs rounded"
+
+    @property
+    def weight_count(self) -> int:
+        """Weights that this layer stands for, the bias not among them."""
+        return self.in_features * self.out_features
+
+    def common_spec(self) -> dict[str, Any]:
+        """The part of `spec` that every packed layer shares."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+            "inputs": None if self.inputs is None else self.inputs.as_dict(),
+        }
+
+    def take_over(self, linear: nn.Linear, input_scale: Tensor | None = None) -> None:
+        """The bias and mode of the linear this layer stands for, and the scale of its inputs where that is static."""
+        if linear.bias is not None:
+            self.bias = linear.bias.detach().to(self.scale_dtype)
+        if self.input_scale is not None:
+            if input_scale is None:
+                raise RunError("static input scales come from calibration and were not given")
+            self.input_scale = input_scale.detach().reshape(1).to(self.scale_dtype)
+        self.train(linear.training)
+
+    @torch.no_grad()
+    def prepare(self, mode: Mode, dtype: torch.dtype) -> None:
+        """Get ready to compute in `dtype`.
+
+        stored: only the packed state in memory, weights are decoded at every call.
+        scoring: a dense copy beside it. decoding: the packed kernel's operand, or a dense copy where there is no
+        kernel, *instead* of the packed state; loading the artifact again is the way back.
+        """
+        if mode == "decoding" and self.mode == "decoding":
+            raise RunError("this layer is already prepared for decoding; load the artifact again to change its dtype")
+        self.require_packed()
+        self.dense = None
+        self.drop_operand()
+        self.kernel, self.mode = self.plain_kernel, mode
+        if mode == "stored":
+            return
+        if mode == "scoring" or not self.decode_operand(dtype):
+            self.dense = self.dequantise(dtype)
+        if mode == "decoding":
+            for name in self.stored_names:
+                setattr(self, name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.mode == "decoding" and self.dense is None:
+            y = self.multiply(x.reshape(-1, self.in_features))
+            y = y if bias is None else y + bias
+            return y.view(*x.shape[:-1], self.out_features)
+        if self.inputs is not None:
+            x = self.inputs.round(x, self.input_scale)
+        return functional.linear(x, self.dequantise(x.dtype) if self.dense is None else self.dense, bias)
+
+    def require_packed(self) -> None:
+        """Raise RunError when the packed weights are no longer in memory."""
+        if any(getattr(self, name) is None for name in self.stored_names):
+            raise RunError("the packed weights were dropped when decoding was prepared; load the artifact again")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """Moves with the model, but keeps its types: scales are data of the format, not arithmetic."""
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        originals = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, originals[name].to(moved.device))
+        return self
+
+
+def pack_linear(
+    linear: nn.Linear,
+    codes: Tensor,
+    scales: Scales,
+    grid: Grid,
+    inputs: InputGrid | None = None,
+    input_scale: Tensor | None = None,
+) -> PackedLinear:
+    """The layer that stands for `linear` with codes [out, in] on `grid`, and inputs on theirs.
+
+    input_scale: of a static input grid, [1].
+    """
+    return grid.layer().from_codes(linear, codes, scales, grid, inputs, input_scale)
+
+
+class QuantizedLinear(PackedLinear):
+    """A PackedLinear whose weights lie on an integer grid.
 
     Buffers: `weight_packed` int32 [out, words]; `weight_scale` [out, G] (or [1]); `weight_zero_point` int32
     [words(out), G], only for asymmetric grids; `weight_shape` int64 [2]; `bias`.
@@ -45,13 +190,10 @@ class QuantizedLinear(nn.Module):
         short_group: bool = False,
         bias: bool = False,
         scale_dtype: str = "float16",
+        inputs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, scale_dtype, inputs)
         self.grid = IntegerGrid(bits, symmetric, group_size, short_group)
-        self.scale_dtype = getattr(torch, scale_dtype)
-        self.mode: Mode = "stored"
-        self.kernel = DEQUANTISED
         self.operand_is_readable = False  # whether many rows of input may take the dense product
         per_tensor = group_size == "tensor"
         shape = (1,) if per_tensor else (out_features, self.grid.groups(in_features))
@@ -62,14 +204,25 @@ class QuantizedLinear(nn.Module):
         if not symmetric:
             self.register_buffer("weight_zero_point", empty(zeros, dtype=torch.int32))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
-        self.register_buffer("bias", empty(out_features, dtype=self.scale_dtype) if bias else None)
-        self.register_buffer("dense", None, persistent=False)
         self.register_buffer("operand", None, persistent=False)
         self.register_buffer("operand_scale", None, persistent=False)
 
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The weight's buffers."""
+        return ("weight_packed", "weight_scale", *(() if self.grid.symmetric else ("weight_zero_point",)))
+
     @classmethod
-    def from_codes(cls, linear: nn.Linear, codes: Tensor, scales: Scales, grid: IntegerGrid) -> QuantizedLinear:
-        """The layer that stands for `linear` with codes [out, in] on `grid`."""
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        codes: Tensor,
+        scales: Scales,
+        grid: IntegerGrid,
+        inputs: InputGrid | None = None,
+        input_scale: Tensor | None = None,
+    ) -> QuantizedLinear:
+        """See `pack_linear`."""
         rows, columns = codes.shape
         made = cls(
             columns,
@@ -80,6 +233,7 @@ class QuantizedLinear(nn.Module):
             grid.short_group,
             bias=linear.bias is not None,
             scale_dtype=str(scales.scale.dtype).removeprefix("torch."),
+            inputs=None if inputs is None else inputs.as_dict(),
         )
         made.weight_packed = pack(codes, grid.bits)
         made.weight_scale = scales.scale.reshape(made.weight_scale.shape).clone()
@@ -90,49 +244,46 @@ class QuantizedLinear(nn.Module):
                 zero.view(1).to(torch.int32) if per_tensor else pack(zero.t().contiguous(), grid.bits).t().contiguous()
             )
         made.weight_shape = made.weight_shape.to(codes.device)
-        if linear.bias is not None:
-            made.bias = linear.bias.detach().to(made.scale_dtype)
-        return made.train(linear.training)
+        made.take_over(linear, input_scale)
+        return made
 
     def spec(self) -> dict[str, Any]:
         """Arguments that rebuild this layer with empty buffers."""
         return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
+            **self.common_spec(),
             "bits": self.grid.bits,
             "symmetric": self.grid.symmetric,
             "group_size": self.grid.group_size,
             "short_group": self.grid.short_group,
-            "bias": self.bias is not None,
-            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
         }
 
     def compressed_tensors_scheme(self) -> dict[str, Any] | None:
-        """The `weights` of a compressed-tensors scheme; None where pack-quantized cannot say it."""
+        """A pack-quantized scheme; None for what that format cannot say."""
         size = self.grid.group_size
         if size == "tensor" or self.in_features % self.grid.width(self.in_features):
             return None
+        if self.inputs is not None and (self.inputs.kind != "int" or self.inputs.bits not in (4, 8)):
+            return None
         return {
-            "num_bits": self.grid.bits,
-            "type": "int",
-            "symmetric": self.grid.symmetric,
-            "strategy": "channel" if size is None else "group",
-            "group_size": size,
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": self.grid.bits,
+                "type": "int",
+                "symmetric": self.grid.symmetric,
+                "strategy": "channel" if size is None else "group",
+                "group_size": size,
+            },
+            "input_activations": None if self.inputs is None else self.inputs.compressed_tensors(),
         }
-
-    @property
-    def weight_count(self) -> int:
-        """Weights that this layer stands for, the bias not among them."""
-        return self.in_features * self.out_features
 
     def codes(self) -> Tensor:
         """The integer codes, uint8 [out, in]."""
-        self._require_packed()
+        self.require_packed()
         return unpack(self.weight_packed, self.grid.bits, self.in_features)
 
     def scales(self) -> Scales:
         """Scale and zero point of every group."""
-        self._require_packed()
+        self.require_packed()
         scale = self.weight_scale.view(1, 1) if self.grid.group_size == "tensor" else self.weight_scale
         if self.grid.symmetric:
             return Scales(scale, torch.full_like(scale, 2 ** (self.grid.bits - 1), dtype=torch.int32))
@@ -145,66 +296,30 @@ class QuantizedLinear(nn.Module):
         """The weights [out, in] as numbers: computed in float32, rounded once to `dtype`."""
         return self.grid.decode(self.codes(), self.scales()).to(dtype)
 
-    @torch.no_grad()
-    def prepare(self, mode: Mode, dtype: torch.dtype) -> None:
-        """Get ready to compute in `dtype`.
-
-        stored: only the packed state in memory, weights are decoded at every call.
-        scoring: a dense copy beside it. decoding: the packed kernel's operand, or a dense copy where there is no
-        kernel, *instead* of the packed state; loading the artifact again is the way back.
-        """
-        if mode == "decoding" and self.mode == "decoding":
-            raise RunError("this layer is already prepared for decoding; load the artifact again to change its dtype")
-        self._require_packed()
-        self.dense = self.operand = self.operand_scale = None
-        self.kernel, self.mode = DEQUANTISED, mode
-        if mode == "stored":
-            return
-        if mode == "decoding":
-            self.kernel = decoding_kernel(
-                self.grid, self.in_features, self.out_features, self.weight_packed.device, dtype
-            )
-        if self.kernel == DEQUANTISED:
-            self.dense = self.dequantise(dtype)
-        elif self.kernel == INT8:
+    def decode_operand(self, dtype: torch.dtype) -> bool:
+        """torch's packed operand where the platform multiplies it."""
+        kernel = decoding_kernel(self.grid, self.in_features, self.out_features, self.weight_packed.device, dtype)
+        if kernel == DEQUANTISED or self.inputs is not None:
+            return False
+        self.kernel = kernel
+        if kernel == INT8:
             self.operand = (self.codes().to(torch.int16) - 128).to(torch.int8)
             self.operand_scale = self.weight_scale.flatten().to(dtype)
         else:
             self.operand, self.operand_scale = self._int4_operand(dtype)
-        if mode == "decoding":
-            self.weight_packed = self.weight_scale = None
-            if not self.grid.symmetric:
-                self.weight_zero_point = None
+        return True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.operand is None:
-            weight = self.dequantise(x.dtype) if self.dense is None else self.dense
-            return functional.linear(x, weight, bias)
-        rows = x.reshape(-1, self.in_features)
-        y = self._int8(rows) if self.kernel == INT8 else self._int4(rows)
-        y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], self.out_features)
+    def multiply(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out] without bias, through the packed kernel."""
+        return self._int8(x) if self.kernel == INT8 else self._int4(x)
+
+    def drop_operand(self) -> None:
+        """Forget the packed operand."""
+        self.operand = self.operand_scale = None
 
     def extra_repr(self) -> str:
         """Shape, grid and kernel."""
         return f"{self.in_features}, {self.out_features}, {self.grid}, kernel={self.kernel}"
-
-    def _require_packed(self) -> None:
-        if self.weight_packed is None:
-            raise RunError("the packed weights were dropped when decoding was prepared; load the artifact again")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        """Moves with the model, but keeps its types: scales are data of the format, not arithmetic."""
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
-        originals = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, originals[name].to(moved.device))
-        return self
 
     def _int4_operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """torch's operand, and scale and offset [K / g, N, 2] with w = (slot - 8) * scale + offset."""

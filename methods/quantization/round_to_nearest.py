@@ -7,21 +7,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from harness.errors import ConfigError
 from methods.blocks import plain_linears, replace_module
-from methods.quantization.grids import IntegerGrid
-from methods.quantization.linear import QuantizedLinear
+from methods.quantization.linear import pack_linear
 
 if TYPE_CHECKING:
     from torch import nn
 
     from harness.method import Bench, LanguageModel
+    from methods.quantization.activations import InputGrid
+    from methods.quantization.grids import Grid
+    from methods.quantization.linear import PackedLinear
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Rounds every linear of the decoder blocks to `grid`."""
+    """Rounds every linear of the decoder blocks to `grid`, and its inputs to `inputs` if given (dynamic grids only)."""
 
-    grid: IntegerGrid
+    grid: Grid
+    inputs: InputGrid | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs is not None and self.inputs.static:
+            raise ConfigError(
+                "method.inputs.static=true: a static scale comes from calibration, and round to nearest has none; use "
+                "method=smoothquant method.smoothing=false"
+            )
 
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
@@ -30,12 +41,12 @@ class RoundToNearest:
         for name, linear in linears.items():
             self.grid.check(name, linear.in_features)
         for name, linear in bench.progress.track(linears.items(), "round to nearest", len(linears)):
-            replace_module(base.module, name, rounded_linear(linear, self.grid, base.storage_dtype))
+            replace_module(base.module, name, rounded_linear(linear, self.grid, base.storage_dtype, self.inputs))
         return base
 
 
-def rounded_linear(linear: nn.Linear, grid: IntegerGrid, dtype: torch.dtype) -> QuantizedLinear:
+def rounded_linear(linear: nn.Linear, grid: Grid, dtype: torch.dtype, inputs: InputGrid | None = None) -> PackedLinear:
     """`linear` on the nearest points of `grid`, scales in `dtype`."""
     weight = linear.weight.float()
     scales = grid.fit(weight, dtype)
-    return QuantizedLinear.from_codes(linear, grid.encode(weight, scales), scales, grid)
+    return pack_linear(linear, grid.encode(weight, scales), scales, grid, inputs)
