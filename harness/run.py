@@ -463,6 +463,8 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     if cost["compress_seconds"] is None:
         return []
     on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
+    if cost.get("training_tokens"):
+        on += f", {cost['training_tokens']} tokens of training"
     return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
 
 

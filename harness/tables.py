@@ -231,7 +231,7 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
             previous = group
         cells = [
             Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record))),
-            Cell("" if record.bits is None else f"{record.bits:g}"),
+            Cell(_widths(record)),
         ]
         if swept:
             cells.append(Cell("" if _sparsity(record) is None else str(_sparsity(record))))
@@ -260,6 +260,18 @@ def _name(record: RunRecord) -> str:
     return str(record.card.get("name", ""))
 
 
+def _activation_bits(record: RunRecord) -> float | None:
+    return record.card.get("activation_bits")
+
+
+def _widths(record: RunRecord) -> str:
+    """Bits of weights, or of weights and of what they multiply: "4", "W4A8"."""
+    if record.bits is None:
+        return ""
+    inputs = _activation_bits(record)
+    return f"{record.bits:g}" if inputs is None else f"W{record.bits:g}A{inputs:g}"
+
+
 def _group(record: RunRecord) -> Group | None:
     return placement(_name(record), str(record.card.get("taxonomy", "")))
 
@@ -275,6 +287,7 @@ def _order(record: RunRecord) -> tuple:
         known.index(name) if name in SYSTEMS else len(known),
         name,
         -(record.bits if record.bits is not None else -math.inf),
+        -(_activation_bits(record) or 16),
         str(_sparsity(record) or ""),
         record.id,
     )
@@ -284,7 +297,7 @@ def _labels(records: list[RunRecord]) -> dict[str, str]:
     """What each row is called: the title, and what sets it apart from rows of the same title and bits."""
     alike: dict[tuple, list[RunRecord]] = {}
     for record in records:
-        alike.setdefault((_name(record), record.bits, str(_sparsity(record))), []).append(record)
+        alike.setdefault((_name(record), _widths(record), str(_sparsity(record))), []).append(record)
     labels = {}
     for same in alike.values():
         leaves = {record.id: _leaves(record) for record in same}
@@ -443,7 +456,7 @@ def _best(records: list[RunRecord], columns: list[Column]) -> set[tuple[str, Col
     rivals: dict[tuple, list[RunRecord]] = {}
     for record in records:
         if _name(record) != DENSE.name and record.status == "finished" and not _collapsed(record):
-            rivals.setdefault((record.bits, str(_sparsity(record))), []).append(record)
+            rivals.setdefault((_widths(record), str(_sparsity(record))), []).append(record)
     best = set()
     for group in rivals.values():
         for column in columns:
@@ -494,9 +507,10 @@ _NONE = Measurement("", None, "", "", "lower")
 
 
 def _remarks(record: RunRecord) -> list[str]:
-    """Footnotes of a row: departures from the paper, the reason of a failure, why a number is missing."""
-    departures = record.card.get("departures") or []
-    remarks = [str(text) for text in ([departures] if isinstance(departures, str) else departures)]
+    """Footnotes of a row: departures from the paper, what its author must say, what else runs it, why it has gaps."""
+    remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes")]
+    if record.card.get("runtime"):
+        remarks.append(f"served by: {record.card['runtime']}")
     if record.failure:
         remarks.append(_shortened(f"failed in {record.failure.stage}: {record.failure.reason}"))
     remarks += [
@@ -511,6 +525,11 @@ def _remarks(record: RunRecord) -> list[str]:
     ]
     remarks += _doubts_about_speed(record)
     return remarks
+
+
+def _lines_of(record: RunRecord, field: str) -> list[str]:
+    lines = record.card.get(field) or []
+    return [str(text) for text in ([lines] if isinstance(lines, str) else lines)]
 
 
 def _doubts_about_speed(record: RunRecord) -> list[str]:
@@ -631,6 +650,7 @@ def frame(records: Iterable[RunRecord]) -> DataFrame:
             "method": _name(record),
             "title": _title(record),
             "bits": record.bits,
+            "activation_bits": _activation_bits(record),
             "sparsity": _sparsity(record),
             "status": record.status,
             "failed_stage": record.failure.stage if record.failure else None,
@@ -644,10 +664,13 @@ def frame(records: Iterable[RunRecord]) -> DataFrame:
     return pd.DataFrame(rows)
 
 
+NUMBERS = ("bits", "activation_bits", "value", "low", "high")
+
+
 def to_csv(records: Iterable[RunRecord]) -> str:
     """`frame` as CSV; text that a spreadsheet would run as a formula is quoted."""
     table = frame(records)
-    words = [column for column in table.columns if column not in ("bits", "value", "low", "high")]
+    words = [column for column in table.columns if column not in NUMBERS]
     escaped = cache(markup.csv)  # the same few words stand in every row
     table[words] = table[words].map(lambda cell: escaped(cell) if isinstance(cell, str) else cell)
     return table.to_csv(index=False)

@@ -85,6 +85,7 @@ class WandbTracker:
                 mode = "offline"
         run = self._start(record, folder, mode)
         try:
+            _draw(run, record)
             run.summary.update(summary(record))
             _attach(run, record, folder)
         finally:
@@ -134,6 +135,7 @@ def flat_config(record: RunRecord) -> dict[str, Any]:
         "family": family,
         "category": category,
         "bits": record.bits,
+        "activation_bits": record.card.get("activation_bits"),
         "model": record.model,
         "hardware": (record.config.get("hardware") or {}).get("name"),
         "record": record.id,
@@ -186,6 +188,16 @@ def tags(record: RunRecord) -> list[str]:
 
 def _bits(record: RunRecord) -> str:
     return "" if record.bits is None else f"{record.bits:g}bit"
+
+
+def _draw(run: wandb.Run, record: RunRecord) -> None:
+    """Learning curves as line charts: each over a step of its own."""
+    for name, points in record.curves.items():
+        key = _flat_name(name)
+        run.define_metric(f"{key}_step", hidden=True)
+        run.define_metric(key, step_metric=f"{key}_step")
+        for step, value in points:
+            run.log({key: value, f"{key}_step": step})
 
 
 def _attach(run: wandb.Run, record: RunRecord, folder: Path) -> None:

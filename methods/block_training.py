@@ -60,7 +60,7 @@ def minimise(
                 value = loss(index)
                 value.backward()
                 optimizer.step()
-                total += float(value)
+                total += float(value.detach())
             if not math.isfinite(total):
                 raise RunError(f"{what}: the training loss is {total} in epoch {epoch}; lower the learning rate")
             if point is not None:

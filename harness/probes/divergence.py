@@ -126,11 +126,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class KernelDivergence:
-    """Whether the packed kernel computes what the weights say.
+    """Whether the platform's kernel computes what the weights say.
 
-    Mean KL between the distributions through dequantised weights and through the kernel that decoding runs, both in
-    the decoding dtype, on one short stretch of the evaluation text. Zero where no packed kernel exists.
-    The model ends prepared for decoding, so this probe ends its stage.
+    Mean KL between the distributions through the simulation (dequantised weights, rounded inputs) and through the
+    kernel that decoding runs, both in the decoding dtype, on one short stretch of the evaluation text; and the
+    perplexity of either. Zero where no kernel exists. The model ends prepared for decoding, so this probe ends its
+    stage.
+
+    tokens: scored, at least 2.
     """
 
     tokens: int = 64
@@ -140,7 +143,7 @@ class KernelDivergence:
     ends_stage: ClassVar[bool] = True
 
     def measure(self, lm: LanguageModel, context: Context) -> Iterable[Measurement]:
-        """One number: `kernel_divergence`."""
+        """`kernel_divergence`, and `kernel_perplexity` with the simulation's in its note."""
         name = context.hardware.resolved_decoding_dtype()
         dtype = getattr(torch, name)
         ids = context.corpus.evaluation_tokens(lm.tokenizer)[None, : self.tokens]
@@ -151,3 +154,7 @@ class KernelDivergence:
         value = float(kl_divergence(*distributions).mean())
         on = f"{context.corpus.evaluation_name}, first {ids.shape[1]} tokens, {name}"
         yield Measurement("kernel_divergence", value, "nats/token", on, "lower", note=lm.engine.kernels())
+        following = ids[0, 1:, None].to(distributions[0].device)
+        simulated, real = (float((-d[:-1].gather(-1, following)).mean().exp()) for d in distributions)
+        note = f"{simulated:.6g} simulated; {lm.engine.kernels()}"
+        yield Measurement("kernel_perplexity", real, "ppl", on, "lower", note=note)
