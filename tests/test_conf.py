@@ -95,6 +95,14 @@ def test_every_grid_composes_into_a_method(grid):
     run.build(config)
 
 
+@pytest.mark.parametrize("inputs", options("inputs"))
+def test_every_input_grid_composes_into_a_method(inputs):
+    config = resolved("method=rtn", f"inputs@method.inputs={inputs}", "bits=3")
+    built = make({**config["method"]["inputs"]}, "inputs")
+    assert config["card"]["activation_bits"] == (None if inputs == "none" else built.bits)
+    assert config["card"]["bits"] == 3
+
+
 @pytest.mark.parametrize("tracker", options("tracker"))
 def test_every_tracker_builds(tracker):
     assert hasattr(make(resolved(f"tracker={tracker}")["tracker"], "tracker"), "log")

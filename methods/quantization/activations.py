@@ -106,6 +106,10 @@ class InputGrid:
         return ((x / scale).round() + zero).clamp(0, self.top).sub(zero).mul(scale)
 
 
+def unchanged() -> None:
+    """No grid: what `inputs=none` means in a configuration."""
+
+
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` on the way forward, the gradient of x on the way back (Bengio et al. 2013)."""
     return x + (rounded - x).detach()
