@@ -52,13 +52,16 @@ class Progress(Protocol):
 
 @dataclass
 class TrainingLog:
-    """Learning curves of a run and how many tokens it trained on; what a killed run wrote is read again.
+    """Learning curves of a run and what it cost beyond its clock; what a killed run wrote is read again.
 
     file: one JSON line per point; None keeps the log in memory only.
+    tokens: how many were trained on.
+    spared_seconds: what statistics cost that an earlier run of a sweep had already collected.
     """
 
     file: Path | None = None
     tokens: int = 0
+    spared_seconds: float = 0.0
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,7 @@ class Bench:
     scratch: Path  # outlives a killed run, so that it can go on where it stopped; gone after a finished one
     progress: Progress
     log: TrainingLog = field(default_factory=TrainingLog)
+    statistics: Path | None = None  # what the calibration text says about the uncompressed model; shared by a sweep
 
 
 class Method(Protocol):

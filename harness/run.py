@@ -234,7 +234,12 @@ def _file_state(path: Path) -> Any:
 
 def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
     """What a compressed model depends on: everything but the evaluation."""
-    kept = {key: wanted[key] for key in ("card", "method", "model", "calibration", "seed", "machine")}
+    return calibration_identity(wanted) | {key: wanted[key] for key in ("card", "method")}
+
+
+def calibration_identity(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the calibration text says about the uncompressed model depends on: the same for every method and width."""
+    kept = {key: wanted[key] for key in ("model", "calibration", "seed", "machine")}
     kept["protocol"] = PROTOCOL
     kept["text"] = wanted["corpus"].get("calibration")
     kept["arithmetic"] = {key: wanted["hardware"].get(key) for key in ("device", "scoring_dtype", "threads")}
@@ -314,10 +319,11 @@ def _measure(
         started=_now(),
     )
     shared = {"config": config, "cache": str(paths.cache), "artifact": str(artifact)}
+    statistics = paths.scratch / "statistics" / digest_of(calibration_identity(wanted))
     threads = parts.hardware.thread_count
     measurements: list[Measurement] = []
     try:
-        report = _compress(shared, artifact, parts.hardware, log, say)
+        report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record.environment.update(report["origin"])
         measurements += _cost_measurements(report["cost"])
@@ -370,7 +376,7 @@ def _compress(
     return report
 
 
-def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any]:
+def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str) -> dict[str, Any]:
     """The compress stage, in a child process: load, compress, save; what it cost and where the model came from."""
     import torch
 
@@ -385,7 +391,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
     scratch.mkdir(parents=True, exist_ok=True)
     learned = TrainingLog(scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
-    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned)
+    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics))
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -400,11 +406,13 @@ def compress(config: dict[str, Any], cache: str, artifact: str) -> dict[str, Any
     calibrates = config["card"].get("calibrates", True)
     cost = {
         # a dense model was not compressed: an empty cell, not a zero
-        "compress_seconds": None if is_dense(config) else seconds,
+        # what it would have cost alone: a sweep that reuses statistics must not make its later rows look cheaper
+        "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
         "training_tokens": learned.tokens,
+        "spared_seconds": learned.spared_seconds,
     }
     if not calibrates:
         provenance.pop("calibration")

@@ -80,26 +80,32 @@ def _mean_loss(loss: Callable[[int], Tensor], samples: int) -> float:
 
 
 @dataclass(frozen=True)
-class BlockCheckpoints:
-    """What was learned for each block, in a folder that a killed run leaves behind."""
+class BlockTensors:
+    """Tensors kept for each block in a folder, whole or not at all: they outlive a killed run."""
 
     folder: Path
+
+    def has(self, key: str) -> bool:
+        """Whether something is kept under `key`."""
+        return self._file(key).exists()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors kept under `key`, or None."""
         from safetensors.torch import load_file
 
-        file = self._file(key)
-        return load_file(file) if file.exists() else None
+        return load_file(self._file(key)) if self.has(key) else None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors under `key`, whole or not at all."""
+        """Keep tensors under `key`."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file(key).with_suffix(".partial")
+        partial = self.folder / f"{key}.{os.getpid()}.partial"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
         os.replace(partial, self._file(key))
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+BlockCheckpoints = BlockTensors  # in a run's scratch folder they are checkpoints

@@ -6,6 +6,7 @@ methods need to know about the calibration text. Linears that read one tensor sh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import RunError
+from methods.block_training import BlockTensors
 from methods.blocks import Block, decoder_blocks, input_groups, record_blocks
 
 if TYPE_CHECKING:
@@ -83,6 +85,22 @@ class Moments:
         """Maximum of |x| per channel [C]."""
         return self._largest
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums as tensors, to be kept in a file."""
+        sums = {"upper": self._upper, "absolute": self._absolute, "largest": self._largest}
+        return {"tokens": torch.tensor(self.tokens)} | {name: t for name, t in sums.items() if t is not None}
+
+    @classmethod
+    def from_tensors(cls, kept: dict[str, Tensor], width: int, device: torch.device) -> Moments:
+        """The inverse of `tensors`."""
+        moments = cls(width, device, matrix=False)
+        moments.matrix, moments.magnitudes = "upper" in kept, "absolute" in kept
+        moments.tokens = int(kept["tokens"])
+        for name in ("upper", "absolute", "largest"):
+            if name in kept:
+                setattr(moments, f"_{name}", kept[name].to(device))
+        return moments
+
 
 def _add_product(upper: Tensor, x: Tensor) -> None:
     """upper += xᵀ x on and above the diagonal; below it panels are left out, which saves nearly half on a CPU."""
@@ -100,6 +118,63 @@ def blocks_to_calibrate(
     windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
     _, modules = decoder_blocks(base.module)
     return record_blocks(base.module, windows, windows_that_fit(modules[0], windows, working_memory_gib))
+
+
+def observed_blocks(
+    base: LanguageModel,
+    bench: Bench,
+    working_memory_gib: float,
+    matrix: bool = True,
+    magnitudes: bool = False,
+    needs_hidden: bool = False,
+) -> Iterator[tuple[Block, dict[str, Moments], list[Tensor]]]:
+    """Every block with the moments of its linears' inputs in the uncompressed model, and what enters it.
+
+    The caller may change a block once it has it. What the calibration text says about the uncompressed model is the
+    same for every bit-width, so it is kept in `bench.statistics` and a later run of a sweep does not run the model
+    again; then nothing enters the blocks (an empty list), unless needs_hidden asks for it.
+    """
+    prefix, modules = decoder_blocks(base.module)
+    kind = "-".join(word for word, wanted in (("matrix", matrix), ("magnitudes", magnitudes)) if wanted)
+    kept = None if bench.statistics is None else BlockTensors(bench.statistics / kind)
+    names = [f"{prefix}.{index}" for index in range(len(modules))]
+    if kept is not None and not needs_hidden and all(map(kept.has, names)):
+        windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
+        blocks, _ = record_blocks(base.module, windows[:1, :2])
+        for block in blocks:
+            found = kept.get(block.name)
+            bench.log.spared_seconds += float(found.pop("seconds"))
+            yield block, _moments_from(found, block), []
+        return
+    blocks, hidden = blocks_to_calibrate(base, bench, working_memory_gib)
+    for block in blocks:
+        started = time.perf_counter()
+        moments, outputs = observe_block(block, hidden, magnitudes, matrix)
+        if kept is not None:
+            seconds = torch.tensor(time.perf_counter() - started)
+            kept.put(block.name, _tensors_of(moments, block) | {"seconds": seconds})
+        yield block, moments, hidden
+        hidden = outputs
+
+
+def _tensors_of(moments: dict[str, Moments], block: Block) -> dict[str, Tensor]:
+    """The moments of a block, those of linears that share an input once."""
+    return {
+        f"{index}.{part}": tensor
+        for index, names in enumerate(input_groups(block))
+        for part, tensor in moments[names[0]].tensors().items()
+    }
+
+
+def _moments_from(kept: dict[str, Tensor], block: Block) -> dict[str, Moments]:
+    linears = block.linears()
+    found = {}
+    for index, names in enumerate(input_groups(block)):
+        own = {key.partition(".")[2]: t for key, t in kept.items() if key.startswith(f"{index}.")}
+        first = linears[names[0]]
+        shared = Moments.from_tensors(own, first.in_features, first.weight.device)
+        found.update(dict.fromkeys(names, shared))
+    return found
 
 
 def quadratic_form(change: Tensor, second: Tensor) -> float:
@@ -170,7 +245,7 @@ def calibrate_block(
 
 
 def observe_block(
-    block: Block, hidden: Sequence[Tensor], magnitudes: bool = False
+    block: Block, hidden: Sequence[Tensor], magnitudes: bool = False, matrix: bool = True
 ) -> tuple[dict[str, Moments], list[Tensor]]:
     """Moments of the input of every linear of an unchanged block, by name, and the block's outputs; one pass.
 
@@ -179,8 +254,7 @@ def observe_block(
     linears = block.linears()
     groups = input_groups(block)
     moments = [
-        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, magnitudes=magnitudes)
-        for names in groups
+        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, matrix, magnitudes) for names in groups
     ]
     outputs = _run(block, hidden, linears, groups, lambda index, x: moments[index].add(x))
     return {name: found for names, found in zip(groups, moments, strict=True) for name in names}, outputs

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
-from methods.blocks import Block, plain_linears
-from methods.curvature import Moments, blocks_to_calibrate, observe_block, quadratic_form
+from methods.blocks import Block, decoder_blocks, plain_linears
+from methods.curvature import Moments, observed_blocks, quadratic_form
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import pack_linear
 from methods.quantization.smoothing import Folding, find_foldings, fold
@@ -66,11 +66,11 @@ class AWQ:
         """Search, scale, clip and round one block after the other."""
         for name, linear in plain_linears(base.module).items():
             self.grid.check(name, linear.in_features)
-        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
-        for block in bench.progress.track(blocks, "AWQ", len(blocks)):
-            moments, outputs = observe_block(block, hidden, magnitudes=True)
+        observed = observed_blocks(
+            base, bench, self.working_memory_gib, magnitudes=True, needs_hidden=self.search == "block_output"
+        )
+        for block, moments, hidden in bench.progress.track(observed, "AWQ", len(decoder_blocks(base.module)[1])):
             self._compress_block(block, hidden, moments, base.storage_dtype)
-            hidden = outputs
         return base
 
     def _compress_block(

@@ -9,7 +9,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model, tiny_tokens
 
 from harness.errors import ConfigError
-from harness.method import Bench, LanguageModel
+from harness.method import Bench, LanguageModel, TrainingLog
 from harness.progress import NoProgress
 from methods.blocks import block_linears, record_blocks
 from methods.curvature import observe_block
@@ -203,3 +203,23 @@ def test_moments_after_folding_are_those_of_the_divided_inputs():
     divided = x / scale
     expected = divided.T @ divided / len(x)
     assert torch.allclose(moment_of_scaled(x.T @ x / len(x), scale), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_an_earlier_width_are_used_and_change_nothing(tmp_path, monkeypatch):
+    import methods.curvature as curvature
+
+    def weights(bits, statistics):
+        from methods.blocks import block_linears
+
+        log = TrainingLog()
+        bench = Bench(Windows(), torch.Generator().manual_seed(0), tmp_path, NoProgress(), log, statistics)
+        lm = LanguageModel(tiny_model("llama"), None, None, torch.float16)
+        module = AWQ(IntegerGrid(bits, group_size=16)).compress(lm, bench).module
+        return [linear.dequantise() for linear in block_linears(module).values()], log.spared_seconds
+
+    alone, spared_alone = weights(3, None)
+    weights(4, tmp_path / "statistics")
+    monkeypatch.setattr(curvature, "observe_block", None)  # the model must not run again
+    after, spared = weights(3, tmp_path / "statistics")
+    assert all(torch.equal(a, b) for a, b in zip(alone, after, strict=True))
+    assert spared_alone == 0 < spared
