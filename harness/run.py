@@ -494,8 +494,9 @@ def _sections(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _variant(method: dict[str, Any]) -> list[str]:
-    bits = (method.get("grid") or {}).get("bits")
-    return [f"w{bits}"] if bits is not None else []
+    bits, sparsity = (method.get("grid") or {}).get("bits"), method.get("sparsity")
+    words = [f"w{bits}"] if bits is not None else []
+    return [*words, f"s{sparsity}".replace(":", "of")] if sparsity is not None else words
 
 
 def _safe(name: str) -> str:

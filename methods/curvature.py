@@ -39,7 +39,7 @@ Change = Callable[[list[str], "Moments"], None]
 class Moments:
     """Statistics of one distinct input x [N, C], summed over all tokens, in float32.
 
-    matrix: whether Σ x xᵀ is collected; magnitudes: whether Σ|x| and max|x| are.
+    matrix: whether Σ x xᵀ is collected, or only its diagonal; magnitudes: whether Σ|x| and max|x| are.
     """
 
     width: int
@@ -48,12 +48,15 @@ class Moments:
     magnitudes: bool = False
     tokens: int = field(default=0, init=False)
     _upper: Tensor | None = field(default=None, init=False, repr=False)  # [C, C], right on and above the diagonal
+    _diagonal: Tensor | None = field(default=None, init=False, repr=False)  # [C], where there is no matrix
     _absolute: Tensor | None = field(default=None, init=False, repr=False)  # [C]
     _largest: Tensor | None = field(default=None, init=False, repr=False)  # [C]
 
     def __post_init__(self) -> None:
         if self.matrix:
             self._upper = torch.zeros(self.width, self.width, device=self.device)
+        else:
+            self._diagonal = torch.zeros(self.width, device=self.device)
         if self.magnitudes:
             self._absolute = torch.zeros(self.width, device=self.device)
             self._largest = torch.zeros(self.width, device=self.device)
@@ -64,6 +67,8 @@ class Moments:
         self.tokens += len(x)
         if self.matrix:
             _add_product(self._upper, x)
+        else:
+            self._diagonal += torch.linalg.vector_norm(x, dim=0).square_()
         if self.magnitudes:
             absolute = x.abs()
             self._absolute += absolute.sum(0)
@@ -75,7 +80,8 @@ class Moments:
 
     def squares(self) -> Tensor:
         """Mean of x² per channel [C]."""
-        return self._upper.diagonal() / max(self.tokens, 1)
+        diagonal = self._diagonal if self._upper is None else self._upper.diagonal()
+        return diagonal / max(self.tokens, 1)
 
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| per channel [C]."""
@@ -87,7 +93,7 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums as tensors, to be kept in a file."""
-        sums = {"upper": self._upper, "absolute": self._absolute, "largest": self._largest}
+        sums = {name: getattr(self, f"_{name}") for name in _SUMS}
         return {"tokens": torch.tensor(self.tokens)} | {name: t for name, t in sums.items() if t is not None}
 
     @classmethod
@@ -96,10 +102,12 @@ class Moments:
         moments = cls(width, device, matrix=False)
         moments.matrix, moments.magnitudes = "upper" in kept, "absolute" in kept
         moments.tokens = int(kept["tokens"])
-        for name in ("upper", "absolute", "largest"):
-            if name in kept:
-                setattr(moments, f"_{name}", kept[name].to(device))
+        for name in _SUMS:
+            setattr(moments, f"_{name}", kept[name].to(device) if name in kept else None)
         return moments
+
+
+_SUMS = ("upper", "diagonal", "absolute", "largest")
 
 
 def _add_product(upper: Tensor, x: Tensor) -> None:
@@ -200,6 +208,7 @@ def calibrate_block(
     sequential: Literal["linear", "block"],
     last: bool,
     magnitudes: bool = False,
+    matrix: bool = True,
 ) -> list[Tensor]:
     """Call `change(names, moments)` for every group of linears that share an input; return the block's outputs.
 
@@ -213,8 +222,7 @@ def calibrate_block(
     linears = block.linears()
     groups = input_groups(block)
     moments = [
-        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, magnitudes=magnitudes)
-        for names in groups
+        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, matrix, magnitudes) for names in groups
     ]
     if sequential == "linear" and len(hidden) == 1:
 
@@ -315,6 +323,7 @@ def sweep_columns(
     damping: float = 0.01,
     block_columns: int = 128,
     order: Tensor | None = None,
+    see_pivots: Callable[[Tensor], None] | None = None,
 ) -> Sweep:
     """Replace columns of W [R, C] one by one by `project`, spreading each error over the columns still to come.
 
@@ -322,6 +331,7 @@ def sweep_columns(
     `current(first, last)` are the present values [R, last - first] of columns at positions first..last of the sweep.
     moment: H [C, C]; damping: fraction of its mean diagonal added to the diagonal.
     order: positions -> column index; None sweeps from left to right.
+    see_pivots: called once with the diagonal of U [C], by position, before the sweep begins.
     A column that is never active (H_jj = 0) becomes zero. Updates beyond a block of `block_columns` are one product.
 
     With H⁻¹ = Uᵀ U, U upper triangular: e_j = (w_j - q_j) / U_jj, and w_k -= e_j U_jk for every k > j
@@ -335,6 +345,8 @@ def sweep_columns(
     work = weight.T[order]  # [C, R]: a column of W is contiguous; indexing copies
     work[dead] = 0
     factor, used, retries = inverse_factor(moment, damping)
+    if see_pivots is not None:
+        see_pivots(factor.diagonal())
     pivots = factor.diagonal().tolist()
     indices = order.tolist()
     error = weight.new_zeros(weight.shape[0])

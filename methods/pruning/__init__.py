@@ -1,0 +1,1 @@
+"""Pruning: weights, heads and channels that are taken out."""
