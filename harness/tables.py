@@ -510,7 +510,7 @@ def _remarks(record: RunRecord) -> list[str]:
     """Footnotes of a row: departures from the paper, what its author must say, what else runs it, why it has gaps."""
     remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes")]
     if record.card.get("runtime"):
-        remarks.append(f"served by: {record.card['runtime']}")
+        remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
         remarks.append(_shortened(f"failed in {record.failure.stage}: {record.failure.reason}"))
     remarks += [

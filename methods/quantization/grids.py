@@ -7,7 +7,7 @@ Scales are rounded to the type they are stored in *before* weights are encoded, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -26,6 +26,7 @@ class Scales:
 
     scale: Tensor  # [R, G] ([1, 1] for a tensor-wide grid), storage dtype
     zero: Tensor | None  # like scale, int32, code that means 0; None for code books, whose values hold a 0
+    stored: dict[str, Tensor] = field(default_factory=dict)  # what a layer keeps beside or instead of the scale
 
 
 class Grid(Protocol):
