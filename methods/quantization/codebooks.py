@@ -40,6 +40,9 @@ class CodebookGrid:
     group_size: weights in a block.
     exponent_bits: of "float"; None is the paper's rule, half of the bits, rounded up.
     double_quantization: keep the scales in 8 bits, with a second scale for every 256 and their mean.
+    scale_rule: "power_of_two" rounds the scales of "float" up to powers of two, so that casting to a wider float is a
+        shift of bits; "row_power_of_two" keeps the largest of a row and the others at powers of two below it
+        (ZeroQuant-FP, Section 4, M1 and M2). No weight is clipped by that.
     """
 
     kind: Kind
@@ -47,6 +50,7 @@ class CodebookGrid:
     group_size: int = 64
     exponent_bits: int | None = None
     double_quantization: bool = False
+    scale_rule: Literal["free", "power_of_two", "row_power_of_two"] = "free"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,6 +66,12 @@ class CodebookGrid:
                 f"grid.exponent_bits={self.exponent_bits}: floats of {self.bits} bits have 1 to {self.bits - 1}; null "
                 "for half of the bits, rounded up"
             )
+
+        rules = ("free", "power_of_two", "row_power_of_two")
+        if self.scale_rule not in rules:
+            raise ConfigError(f"grid.scale_rule={self.scale_rule}: choose one of {', '.join(rules)}")
+        if self.scale_rule != "free" and (self.kind != "float" or self.double_quantization):
+            raise ConfigError(f"grid.scale_rule={self.scale_rule}: for grid.kind=float without double quantization")
 
     def width(self, columns: int) -> int:
         """Input channels per block, where blocks do not cross rows."""
@@ -88,6 +98,8 @@ class CodebookGrid:
         largest = self.group_maximum(weight)
         if limit is not None:
             largest = torch.minimum(largest, limit)
+        if self.scale_rule != "free":
+            largest = self._powers_of_two(largest.float(), torch.finfo(dtype).smallest_normal)
         kind = torch.finfo(dtype)
         stored: dict[str, Tensor] = {}
         if self.double_quantization:
@@ -126,6 +138,20 @@ class CodebookGrid:
     def layer(self) -> type[CodebookLinear]:
         """The class of layers that store weights on this grid."""
         return CodebookLinear
+
+    def _powers_of_two(self, largest: Tensor, least: float) -> Tensor:
+        """Block maxima [R, G] raised so that scales, in units of the float's own largest value, obey `scale_rule`."""
+        top = float(_float_magnitudes(*self._float_bits()).max())
+        scale = (largest / top).clamp(min=least)
+        if self.scale_rule == "power_of_two":
+            return top * torch.exp2(scale.log2().ceil())
+        row = scale.amax(1, keepdim=True)
+        return top * row / torch.exp2((row / scale).log2().floor())
+
+    def _float_bits(self) -> tuple[int, int]:
+        """Exponent and mantissa bits."""
+        exponent = self.exponent_bits or -(-self.bits // 2)
+        return exponent, self.bits - 1 - exponent
 
     def _book_of(self, scales: Scales, like: Tensor) -> Tensor:
         own = scales.stored.get("weight_book")
@@ -247,12 +273,13 @@ class CodebookLinear(PackedLinear):
         group_size: int,
         exponent_bits: int | None = None,
         double_quantization: bool = False,
+        scale_rule: str = "free",
         bias: bool = False,
         scale_dtype: str = "float16",
         inputs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, scale_dtype, inputs)
-        self.grid = CodebookGrid(kind, bits, group_size, exponent_bits, double_quantization)
+        self.grid = CodebookGrid(kind, bits, group_size, exponent_bits, double_quantization, scale_rule)
         count = in_features * out_features
         blocks = -(-count // group_size)
         self.register_buffer("weight_packed", torch.empty(words(count, bits), dtype=torch.int32))
@@ -293,6 +320,7 @@ class CodebookLinear(PackedLinear):
             grid.group_size,
             grid.exponent_bits,
             grid.double_quantization,
+            grid.scale_rule,
             bias=linear.bias is not None,
             scale_dtype=str(narrow).removeprefix("torch."),
             inputs=None if inputs is None else inputs.as_dict(),
@@ -314,6 +342,7 @@ class CodebookLinear(PackedLinear):
             "group_size": self.grid.group_size,
             "exponent_bits": self.grid.exponent_bits,
             "double_quantization": self.grid.double_quantization,
+            "scale_rule": self.grid.scale_rule,
         }
 
     def compressed_tensors_scheme(self) -> None:

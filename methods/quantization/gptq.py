@@ -15,11 +15,12 @@ from torch import Tensor
 from harness.errors import ConfigError
 from methods.blocks import Block, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
-from methods.quantization.grids import IntegerGrid, Scales
-from methods.quantization.linear import QuantizedLinear
+from methods.quantization.grids import Grid, IntegerGrid, Scales
+from methods.quantization.linear import PackedLinear, pack_linear
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
+    from methods.quantization.activations import InputGrid
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 class GPTQ:
     """Second-order rounding.
 
+    grid: integers, or a code book that does not depend on the weights.
+    inputs: how the inputs of linears are quantized when the model runs (dynamic grids); calibration sees them exact.
     damping: fraction of the mean of H's diagonal that is added to it.
     activation_order: treat the most active input channels first.
     groups: "static" fits the grid of every group to the original weights; "dynamic" fits it to the updated weights
@@ -39,7 +42,8 @@ class GPTQ:
         the same result at a higher cost.
     """
 
-    grid: IntegerGrid
+    grid: Grid
+    inputs: InputGrid | None = None
     damping: float = 0.01
     activation_order: bool = True
     groups: Literal["static", "dynamic"] = "static"
@@ -60,22 +64,34 @@ class GPTQ:
                 "index per channel (g_idx), which no fast kernel reads; use method.groups=static, or "
                 "method.activation_order=false"
             )
-        if self.groups == "dynamic" and self.grid.group_size == "tensor":
-            raise ConfigError("method.groups=dynamic with grid.group_size=tensor: use method.groups=static")
+        if self.groups == "dynamic" and (self.grid.group_size == "tensor" or not isinstance(self.grid, IntegerGrid)):
+            raise ConfigError("method.groups=dynamic needs an integer grid with groups; use method.groups=static")
+        if self.inputs is not None and self.inputs.static:
+            raise ConfigError("method.inputs.static=true: GPTQ finds no static scales; use a dynamic grid of inputs")
+        if getattr(self.grid, "kind", None) == "quantile" or getattr(self.grid, "double_quantization", False):
+            raise ConfigError("GPTQ rounds to grids that stay as they are: no quantile books, no double quantization")
 
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Calibrate and replace the linears of one block after the other."""
         for name, linear in plain_linears(base.module).items():
-            self.grid.check(name, linear.in_features)
+            self._check(name, linear.in_features)
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
         for block in bench.progress.track(blocks, "GPTQ", len(blocks)):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
         return base
 
+    def _check(self, name: str, columns: int) -> None:
+        self.grid.check(name, columns)
+        if not isinstance(self.grid, IntegerGrid) and columns % self.grid.group_size:
+            raise ConfigError(
+                f"{name}: {columns} input channels do not split into blocks of {self.grid.group_size}, and a block "
+                "that crosses rows cannot be solved column by column; choose a divisor for grid.group_size"
+            )
+
     def _compress_block(self, block: Block, hidden: list[Tensor], dtype: torch.dtype, last: bool) -> list[Tensor]:
         linears = block.linears()
-        packed: dict[str, QuantizedLinear] = {}
+        packed: dict[str, PackedLinear] = {}
 
         def change(names: list[str], moments: Moments) -> None:
             group = [linears[name] for name in names]
@@ -86,7 +102,8 @@ class GPTQ:
                 log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
             for name, linear, weight, own in zip(names, group, sweep.weight.split(rows), scales, strict=True):
                 linear.weight.copy_(weight)
-                packed[name] = QuantizedLinear.from_codes(linear, self.grid.encode(weight, own), own, self.grid)
+                codes = self.grid.encode(weight, own)
+                packed[name] = pack_linear(linear, codes, own, self.grid, self.inputs)
 
         outputs = calibrate_block(block, hidden, change, self.sequential, last)
         for name, linear in packed.items():
@@ -110,19 +127,23 @@ class GPTQ:
 class ColumnGrids:
     """The grids of stacked weights [R, C], laid out for rounding one column at a time."""
 
-    def __init__(self, grid: IntegerGrid, scales: list[Scales], rows: list[int], columns: int, dtype: torch.dtype):
+    def __init__(self, grid: Grid, scales: list[Scales], rows: list[int], columns: int, dtype: torch.dtype):
         self.grid, self.width, self.columns = grid, grid.width(columns), columns
         self.storage_dtype = scales[0].scale.dtype
-        stacked = [
-            (own.scale.expand(count, -1), own.zero.expand(count, -1)) for own, count in zip(scales, rows, strict=True)
-        ]
-        self.scale = torch.cat([scale for scale, _ in stacked]).T.to(dtype)  # [G, R]
-        self.zero = torch.cat([zero for _, zero in stacked]).T.to(dtype)
-        self.scale, self.zero = self.scale.contiguous(), self.zero.contiguous()
+
+        def stacked(parts: list[Tensor]) -> Tensor:
+            whole = torch.cat([part.expand(count, -1) for part, count in zip(parts, rows, strict=True)])
+            return whole.T.to(dtype).contiguous()  # [G, R]
+
+        self.scale = stacked([own.scale for own in scales])
+        self.zero = None if scales[0].zero is None else stacked([own.zero for own in scales])
 
     def round(self, column: Tensor, k: int, current: object) -> Tensor:
-        """Column k [R] on its groups' grids: the arithmetic of IntegerGrid.round."""
-        scale, zero = self.scale[k // self.width], self.zero[k // self.width]
+        """Column k [R] on its groups' grids: the arithmetic of the grid's own `round`."""
+        scale = self.scale[k // self.width]
+        if self.zero is None:
+            return self.grid.round_scaled(column, scale)
+        zero = self.zero[k // self.width]
         return (column / scale).round_().add_(zero).clamp_(0, self.grid.top).sub_(zero).mul_(scale)
 
     def refit_then_round(self, column: Tensor, k: int, current: object) -> Tensor:
@@ -138,5 +159,8 @@ class ColumnGrids:
     def split(self, rows: list[int]) -> list[Scales]:
         """Scales per linear, in the type and shape they are stored in."""
         first = slice(0, 1) if self.grid.group_size == "tensor" else slice(None)
-        scale, zero = self.scale.T.to(self.storage_dtype), self.zero.T.to(torch.int32)
-        return [Scales(s[first], z[first]) for s, z in zip(scale.split(rows), zero.split(rows), strict=True)]
+        parts = self.scale.T.to(self.storage_dtype).split(rows)
+        if self.zero is None:
+            return [Scales(part, None) for part in parts]
+        zeros = self.zero.T.to(torch.int32).split(rows)
+        return [Scales(s[first], z[first]) for s, z in zip(parts, zeros, strict=True)]

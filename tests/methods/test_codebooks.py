@@ -161,3 +161,24 @@ def test_rounding_by_given_scales_is_rounding():
 def test_books_that_do_not_exist_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         CodebookGrid(*arguments)
+
+
+@pytest.mark.parametrize("rule", ["power_of_two", "row_power_of_two"])
+def test_power_of_two_scales_are_and_never_clip_and_stay_within_an_octave(rule):
+    free, ruled = CodebookGrid("float", 4, 32), CodebookGrid("float", 4, 32, scale_rule=rule)
+    before, after = (grid.fit(WEIGHT, torch.float16).scale.float() for grid in (free, ruled))
+    assert (after >= before * (1 - 1e-3)).all()  # 16-bit scales are rounded
+    assert (after < 2.01 * before).all()
+    unit = after / 6 if rule == "power_of_two" else after / after.amax(1, keepdim=True)
+    assert torch.equal(unit.log2(), unit.log2().round())
+    if rule == "row_power_of_two":
+        torch.testing.assert_close(after.amax(1), before.amax(1))
+
+
+def test_with_powers_of_two_every_four_bit_value_is_an_eight_bit_float():
+    grid = CodebookGrid("float", 4, 32, scale_rule="power_of_two")
+    values = grid.round(WEIGHT, grid.fit(WEIGHT, torch.float16))
+    assert torch.equal(values.to(torch.float8_e5m2).float(), values)
+    free = CodebookGrid("float", 4, 32)
+    values = free.round(WEIGHT, free.fit(WEIGHT, torch.float16))
+    assert not torch.equal(values.to(torch.float8_e5m2).float(), values)

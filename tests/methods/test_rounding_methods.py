@@ -13,6 +13,8 @@ from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
 from methods.blocks import block_linears
 from methods.dense import Dense
+from methods.quantization.activations import InputGrid
+from methods.quantization.codebooks import CodebookGrid
 from methods.quantization.gptq import GPTQ
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
@@ -168,3 +170,44 @@ def test_a_model_is_compressed_once():
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(ConfigError):
         GPTQ(**{"grid": GRID, **fields})
+
+
+@pytest.mark.parametrize("kind", ["float", "nf4", "int", "dynamic"])
+def test_gptq_on_a_code_book_stays_on_its_grid_and_errs_less_than_rounding(kind):
+    grid = CodebookGrid(kind, 4, 16)
+    tokens = Windows().calibration_windows(None, torch.Generator().manual_seed(0))
+    before = weights(tiny_model("llama"))
+    with torch.no_grad():
+        dense = tiny_model("llama")(tokens).logits
+        rounded, solved = (
+            method.compress(language_model(), bench()).module for method in (RoundToNearest(grid), GPTQ(grid))
+        )
+        errors = [(module(tokens).logits - dense).square().mean() for module in (rounded, solved)]
+    assert errors[1] < 0.9 * errors[0]
+    for name, linear in block_linears(solved).items():
+        fitted = grid.fit(before[name], torch.float16)
+        assert torch.equal(linear.dequantise(), grid.round(linear.dequantise(), fitted))
+
+
+def test_gptq_passes_the_input_grid_on():
+    done = GPTQ(GRID, inputs=InputGrid(8)).compress(language_model(), bench()).module
+    assert all(linear.inputs == InputGrid(8) for linear in block_linears(done).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": CodebookGrid("quantile", 4, 16)}, "quantile"),
+        ({"grid": CodebookGrid("nf4", 4, 16, double_quantization=True)}, "double"),
+        ({"grid": CodebookGrid("nf4", 4, 16), "groups": "dynamic", "activation_order": False}, "integer grid"),
+        ({"grid": GRID, "inputs": InputGrid(8, scope="tensor", static=True)}, "static"),
+    ],
+)
+def test_gptq_refuses_grids_that_it_cannot_solve(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTQ(**arguments)
+
+
+def test_gptq_refuses_blocks_that_cross_rows():
+    with pytest.raises(ConfigError, match="cross"):
+        GPTQ(CodebookGrid("nf4", 4, 48)).compress(language_model(), bench())
