@@ -256,6 +256,19 @@ def test_no_outliers_are_stored_and_come_back(trained, bench, tmp_path):
     torch.testing.assert_close(again.engine.score(tokens), expected, rtol=1e-3, atol=1e-3)  # the rest is in 16 bits
 
 
+def test_fewer_bits_are_fewer_bytes_down_to_three():
+    """Below, the threshold, which is relative to the weights and not to the grid, makes outliers cost more than bits."""
+    weight, moment = problem()
+    stored, shares = [], []
+    for bits in (8, 4, 3, 2):
+        method = SpQR(bits)
+        layer = layer_of(method, weight, method.solve(weight, moment, torch.float16)[1])
+        stored.append(sum(t.numel() * t.element_size() for t in layer.state_dict().values()))
+        shares.append(len(layer.outlier_values) / layer.weight_count)
+    assert stored[0] > stored[1] > stored[2] < stored[3]
+    assert shares == sorted(shares)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
