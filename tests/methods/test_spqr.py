@@ -257,7 +257,7 @@ def test_no_outliers_are_stored_and_come_back(trained, bench, tmp_path):
 
 
 def test_fewer_bits_are_fewer_bytes_down_to_three():
-    """Below, the threshold, which is relative to the weights and not to the grid, makes outliers cost more than bits."""
+    """Below, the threshold, which is relative to the weights and not to the grid, makes too many outliers."""
     weight, moment = problem()
     stored, shares = [], []
     for bits in (8, 4, 3, 2):
