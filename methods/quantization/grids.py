@@ -112,10 +112,18 @@ class IntegerGrid:
         limit: [R, G], clip the range of each group to at most ±limit before fitting (None: no clipping).
         A group of zeros gets the smallest scale that `dtype` has, and decodes to zeros.
         """
-        grouped = self._grouped(weight)  # [R, G, g]
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        low, high = self.group_range(weight)
         if limit is not None:
             low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
+        return self.fit_range(low, high, dtype)
+
+    def group_range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group of `weight` [R, C], 0 between them: [R, G] each."""
+        grouped = self.grouped(weight)
+        return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+    def fit_range(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Scales:
+        """The grids from `low` to `high` [R, G], low ≤ 0 ≤ high, scales in `dtype`."""
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
@@ -124,31 +132,31 @@ class IntegerGrid:
         if self.symmetric:
             zero = torch.full_like(scale, 2 ** (self.bits - 1), dtype=torch.int32)
         else:
-            zero = (-low / scale.to(weight.dtype)).round().clamp(0, self.top).to(torch.int32)
+            zero = (-low / scale.to(low.dtype)).round().clamp(0, self.top).to(torch.int32)
         return Scales(scale, zero)
 
     def group_maximum(self, weight: Tensor) -> Tensor:
         """Largest |w| of each group of `weight` [R, C]: [R, G] ([1, 1] for a tensor-wide grid)."""
-        return self._grouped(weight).abs().amax(-1)
+        return self.grouped(weight).abs().amax(-1)
 
     def encode(self, weight: Tensor, scales: Scales) -> Tensor:
         """Nearest codes of `weight` [R, C], uint8."""
-        grouped = self._grouped(weight)
+        grouped = self.grouped(weight)
         scale, zero = scales.scale[..., None].to(weight.dtype), scales.zero[..., None].to(weight.dtype)
         codes = (grouped / scale).round_().add_(zero).clamp_(0, self.top).to(torch.uint8)
-        return self._ungrouped(codes, weight.shape)
+        return self.ungrouped(codes, weight.shape)
 
     def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor:
         """What codes [R, C] mean, in `dtype`."""
-        grouped = self._grouped(codes).to(dtype)
+        grouped = self.grouped(codes).to(dtype)
         scale, zero = scales.scale[..., None].to(dtype), scales.zero[..., None].to(dtype)
-        return self._ungrouped((grouped - zero).mul_(scale), codes.shape)
+        return self.ungrouped((grouped - zero).mul_(scale), codes.shape)
 
     def round(self, weight: Tensor, scales: Scales) -> Tensor:
         """`weight` [R, C] moved to the nearest points of the grid: decode(encode(weight)) without the codes."""
         scale, zero = scales.scale[..., None].to(weight.dtype), scales.zero[..., None].to(weight.dtype)
-        codes = (self._grouped(weight) / scale).round_().add_(zero).clamp_(0, self.top)
-        return self._ungrouped(codes.sub_(zero).mul_(scale), weight.shape)
+        codes = (self.grouped(weight) / scale).round_().add_(zero).clamp_(0, self.top)
+        return self.ungrouped(codes.sub_(zero).mul_(scale), weight.shape)
 
     def layer(self) -> type[PackedLinear]:
         """The class of layers that store weights on this grid."""
@@ -156,7 +164,7 @@ class IntegerGrid:
 
         return QuantizedLinear
 
-    def _grouped(self, weight: Tensor) -> Tensor:
+    def grouped(self, weight: Tensor) -> Tensor:
         """[R, C] -> [R, G, g]; a short last group is filled up with zeros, which every grid contains."""
         if self.group_size == "tensor":
             return weight.reshape(1, 1, -1)
@@ -164,7 +172,8 @@ class IntegerGrid:
         missing = self.groups(columns) * self.width(columns) - columns
         return functional.pad(weight, (0, missing)).view(rows, self.groups(columns), -1)
 
-    def _ungrouped(self, grouped: Tensor, shape: torch.Size) -> Tensor:
+    def ungrouped(self, grouped: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `grouped`, for a weight of this shape."""
         if self.group_size == "tensor":
             return grouped.view(shape)
         return grouped.flatten(1)[:, : shape[1]]
