@@ -149,8 +149,9 @@ class VectorwiseInt8Linear(PackedLinear):
         return functional.linear(rounded, weight, bias) + self._apart(x, channels)
 
     def decode_operand(self, dtype: torch.dtype) -> bool:
-        """The stored weights are the operand."""
-        if self.weight.device.type not in ("cpu", "cuda"):
+        """The stored weights are the operand; CUDA multiplies matrices whose sides are multiples of 8."""
+        on_cuda = self.weight.is_cuda and self.in_features % 8 == self.out_features % 8 == 0
+        if not on_cuda and self.weight.device.type != "cpu":
             return False
         kept = "16-bit weights" if self.keeps_weights else "8-bit weights"
         self.kernel = KERNEL if self.threshold is None else f"{KERNEL}, outlier inputs × {kept}"
