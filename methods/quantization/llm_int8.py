@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from methods.blocks import plain_linears, replace_module
-from methods.quantization.linear import DEQUANTISED, PackedLinear
+from methods.quantization.linear import DEQUANTISED, Mode, PackedLinear
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -110,7 +110,7 @@ class VectorwiseInt8Linear(PackedLinear):
 
     @property
     def plain_kernel(self) -> str:
-        """Inputs are rounded here, not by an InputGrid."""
+        """The simulation; inputs are rounded here, not by an InputGrid."""
         return f"{DEQUANTISED}, inputs rounded"
 
     def spec(self) -> dict[str, Any]:
@@ -136,17 +136,21 @@ class VectorwiseInt8Linear(PackedLinear):
         codes = (wide.masked_fill(channels, 0) / scale).round_().to(torch.int8)
         return codes, scale, channels
 
+    @torch.no_grad()
+    def prepare(self, mode: Mode, dtype: torch.dtype) -> None:
+        """See PackedLinear; the dense copy holds codes, which every 16-bit float can say, and not what they mean."""
+        super().prepare(mode, dtype)
+        if self.dense is not None:
+            self.dense = self.weight.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; simulated by one dense product unless it is prepared for decoding."""
+        """[..., in] -> [..., out]; codes are multiplied as floats unless the layer is prepared for decoding."""
         if self.mode == "decoding" and self.dense is None:
             return super().forward(x)
         codes, scale, channels = self.encode_inputs(x)
-        rounded = (codes * scale).to(x.dtype)
-        weight = self.dequantise(x.dtype) if self.dense is None else self.dense
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not self.keeps_weights:
-            return functional.linear(torch.where(channels, x, rounded), weight, bias)
-        return functional.linear(rounded, weight, bias) + self._apart(x, channels)
+        weight = self.weight.to(x.dtype) if self.dense is None else self.dense
+        y = self._scaled(functional.linear(codes.to(x.dtype), weight), scale, channels, x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def decode_operand(self, dtype: torch.dtype) -> bool:
         """The stored weights are the operand; CUDA multiplies matrices whose sides are multiples of 8."""
@@ -160,17 +164,19 @@ class VectorwiseInt8Linear(PackedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias: exact integer sums, and the outlier channels beside them."""
         codes, scale, channels = self.encode_inputs(x)
-        y = (integer_product(codes, self.weight).float() * scale).mul_(self.SCB / TOP).to(x.dtype)
-        return y + self._apart(x, channels) if channels.any() else y
+        return self._scaled(integer_product(codes, self.weight), scale, channels, x)
 
-    def _apart(self, x: Tensor, channels: Tensor) -> Tensor:
-        """X_O W_Oᵀ."""
+    def _scaled(self, sums: Tensor, scale: Tensor, channels: Tensor, x: Tensor) -> Tensor:
+        """Sums of codes [..., out] in their units, plus X_O W_Oᵀ."""
+        y = (sums.float() * scale).mul_(self.SCB / TOP).to(x.dtype)
         index = channels.nonzero()[:, 0]
+        if not len(index):
+            return y
         if self.keeps_weights:
             weight = self.outlier_weight[:, index].to(x.dtype)
         else:
             weight = (self.weight[:, index].float() * (self.SCB[:, None] / TOP)).to(x.dtype)
-        return functional.linear(x[..., index], weight)
+        return y + functional.linear(x[..., index], weight)
 
 
 def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
