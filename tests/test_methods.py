@@ -7,6 +7,7 @@ import torch
 
 from harness import artifact, run
 from harness.cli import options
+from harness.errors import ConfigError
 from tests.test_conf import resolved
 
 TOKENS = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5))
@@ -16,8 +17,19 @@ def method_of(name: str, *overrides: str):
     return run.make(resolved(f"method={name}", *overrides)["method"], "method")
 
 
+def unavailable(name: str) -> str:
+    """Why a method cannot run here: it is another project's, whose library is not installed. Empty when it can."""
+    try:
+        getattr(method_of(name), "check_available", lambda: None)()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.fixture(params=options("method"))
 def name(request) -> str:
+    if missing := unavailable(request.param):
+        pytest.skip(missing)
     return request.param
 
 
@@ -61,6 +73,8 @@ def test_fewer_bits_are_fewer_bytes_and_more_error(method, trained_folder, gener
     from harness.method import Bench
     from harness.progress import NoProgress
 
+    if missing := unavailable(method):
+        pytest.skip(missing)
     if resolved(f"method={method}", "bits=2")["card"]["bits"] != 2:
         pytest.skip(f"{method} has no bit-width to choose")
     held_out = generated_corpus.evaluation_tokens(artifact.load(trained_folder, "cpu", torch.float32).tokenizer)
