@@ -9,6 +9,7 @@ Exit status: 0 all finished or already recorded; 1 something failed; 2 the reque
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def main() -> None:
     import hydra
 
     try:
+        os.environ["HARNESS_PROCESS"] = str(os.getpid())
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
     except KeyboardInterrupt:
         print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr)

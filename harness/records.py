@@ -138,11 +138,16 @@ def write_json_atomically(data: Any, path: Path) -> None:
 
 def write_text_atomically(text: str, path: Path) -> None:
     """Write text so that `path` is either the old file or the whole new one, also after a crash."""
+    write_bytes_atomically(text.encode(), path)
+
+
+def write_bytes_atomically(content: bytes, path: Path) -> None:
+    """Write bytes so that `path` is either the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
