@@ -52,6 +52,7 @@ tables: setup
 
 table-1: setup
 	-$(RUN) -m harness experiment=table_1 evaluation=quick
+	-$(RUN) -m harness experiment=table_1_two_bits evaluation=quick
 	$(RUN) -m harness.tables table_1
 
 table-2 table-3 table-4: setup

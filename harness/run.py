@@ -495,7 +495,7 @@ def _sections(config: dict[str, Any]) -> dict[str, Any]:
 
 def _variant(method: dict[str, Any]) -> list[str]:
     grid = method.get("grid") or (method.get("inner") or {}).get("grid") or {}
-    bits, sparsity = grid.get("bits"), method.get("sparsity")
+    bits, sparsity = grid.get("bits", method.get("bits")), method.get("sparsity")
     words = [f"w{bits}"] if bits is not None else []
     return [*words, f"s{sparsity}".replace(":", "of")] if sparsity is not None else words
 

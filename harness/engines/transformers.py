@@ -201,7 +201,7 @@ class TransformersEngine:
 
     def kernels(self) -> str:
         """What multiplies the matrices, and the activations' dtype: "int4 packed (torch), bfloat16"."""
-        found = Counter(m.kernel for m in self.module.modules() if hasattr(m, "prepare"))
+        found = Counter(_kernels(self.module))
         names = ", ".join(kernel for kernel, _ in found.most_common()) or "dense matmul"
         return f"{names}, {str(self.module.dtype).removeprefix('torch.')}"
 
@@ -220,6 +220,15 @@ def _prepare(module: nn.Module, mode: Mode, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)  # in place, so that tied weights stay tied
     for child in module.children():
         _prepare(child, mode, dtype)
+
+
+def _kernels(module: nn.Module) -> Iterator[str]:
+    """Of every layer that prepares itself; what lies inside one is in its name already."""
+    if hasattr(module, "prepare"):
+        yield module.kernel
+        return
+    for child in module.children():
+        yield from _kernels(child)
 
 
 def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -201,7 +201,7 @@ class EightBitLinear(PackedLinear):
             columns = self.operand_scale.expand(1, self.out_features).contiguous()
             product = torch._scaled_mm(codes, self.operand, rows, columns, out_dtype=torch.bfloat16)
             return product.to(x.dtype)
-        product = _integer_product(codes, self.operand)
+        product = integer_product(codes, self.operand)
         return (product.float() * scale * self.operand_scale).to(x.dtype)
 
     def drop_operand(self) -> None:
@@ -209,7 +209,7 @@ class EightBitLinear(PackedLinear):
         self.operand = self.operand_scale = None
 
 
-def _integer_product(codes: Tensor, operand: Tensor) -> Tensor:
+def integer_product(codes: Tensor, operand: Tensor) -> Tensor:
     """int8 [N, K] × int8 [K, M] -> int32 [N, M], exact."""
     rows = len(codes)
     if codes.device.type == "cuda" and rows < CUDA_INT8_ROWS:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from methods.blocks import plain_linears, replace_module
+from methods.quantization.eight_bit import INT8_PRODUCT, integer_product
 from methods.quantization.linear import DEQUANTISED, Mode, PackedLinear
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 TOP = 127
 SMALLEST = 1e-12  # a row without anything but outliers, or of zeros, decodes to zeros
-CUDA_ROWS = 17  # torch._int_mm takes no fewer there
-KERNEL = "int8 × int8 (torch)"
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,13 @@ class VectorwiseInt8Linear(PackedLinear):
         if not on_cuda and self.weight.device.type != "cpu":
             return False
         kept = "16-bit weights" if self.keeps_weights else "8-bit weights"
-        self.kernel = KERNEL if self.threshold is None else f"{KERNEL}, outlier inputs × {kept}"
+        self.kernel = INT8_PRODUCT if self.threshold is None else f"{INT8_PRODUCT}, outlier inputs × {kept}"
         return True
 
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias: exact integer sums, and the outlier channels beside them."""
         codes, scale, channels = self.encode_inputs(x)
-        return self._scaled(integer_product(codes, self.weight), scale, channels, x)
+        return self._scaled(integer_product(codes, self.weight.T), scale, channels, x)
 
     def _scaled(self, sums: Tensor, scale: Tensor, channels: Tensor, x: Tensor) -> Tensor:
         """Sums of codes [..., out] in their units, plus X_O W_Oᵀ."""
@@ -177,9 +176,3 @@ class VectorwiseInt8Linear(PackedLinear):
         else:
             weight = (self.weight[:, index].float() * (self.SCB[:, None] / TOP)).to(x.dtype)
         return y + functional.linear(x[..., index], weight)
-
-
-def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """X Wᵀ for int8 X [N, in] and W [out, in], summed in int32: exact up to in = 2³¹ / 127²."""
-    missing = max(0, CUDA_ROWS - len(codes)) if codes.is_cuda else 0
-    return torch._int_mm(functional.pad(codes, (0, 0, 0, missing)), weight.T)[: len(codes)]

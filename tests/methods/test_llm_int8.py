@@ -15,7 +15,8 @@ from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
 from methods.blocks import block_linears
 from methods.quantization.activations import InputGrid
-from methods.quantization.llm_int8 import KERNEL, LLMInt8, VectorwiseInt8Linear, integer_product
+from methods.quantization.eight_bit import INT8_PRODUCT, integer_product
+from methods.quantization.llm_int8 import LLMInt8, VectorwiseInt8Linear
 
 ROWS, COLUMNS, OUTLIER = 40, 96, 11
 
@@ -107,7 +108,7 @@ def test_integer_products_are_exact(shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     weight = torch.full((24, shape[1]), 127, dtype=torch.int8)
-    product = integer_product(x, weight)
+    product = integer_product(x, weight.T)
     assert product.dtype == torch.int32
     assert torch.equal(product.long(), x.long() @ weight.long().T)
 
@@ -121,7 +122,7 @@ def test_the_kernel_computes_what_is_simulated(threshold, keeps_weights, tokens)
     made.prepare("scoring", torch.float32)
     simulated = made(x)
     made.prepare("decoding", torch.float32)
-    assert made.kernel.startswith(KERNEL)
+    assert made.kernel.startswith(INT8_PRODUCT)
     assert torch.equal(stored, simulated)
     torch.testing.assert_close(made(x), simulated, rtol=1e-4, atol=1e-4)
     with pytest.raises(RunError, match="already prepared"):
