@@ -8,6 +8,7 @@ import torch
 
 from harness.errors import RunError
 from methods.blocks import plain_linears, replace_module
+from methods.quantization.eight_bit import EightBitGrid
 from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, QuantizedLinear, pack_linear
 
@@ -90,14 +91,13 @@ def pack_quantized_layer(
     return layer
 
 
-def int_quantized_layer(
-    linear: nn.Linear, parts: dict[str, Tensor], dtype: torch.dtype, inputs: InputGrid
-) -> PackedLinear:
-    """A linear of a compressed-tensors checkpoint in the format int-quantized: int8 weights, a scale a row."""
-    codes = (parts["weight"].to(torch.int16) + 128).to(torch.uint8)
-    scale = narrowed(parts["weight_scale"], dtype)
-    grid = IntegerGrid(8, symmetric=True, group_size=None)
-    return pack_linear(linear, codes, Scales(scale, torch.full_like(scale, 128, dtype=torch.int32)), grid, inputs)
+def int_quantized_layer(linear: nn.Linear, parts: dict[str, Tensor], inputs: InputGrid) -> PackedLinear:
+    """A linear of a compressed-tensors checkpoint in the format int-quantized: int8 weights, a scale a row.
+
+    -128, which llm-compressor's range includes and ours does not, is a code like any other here.
+    """
+    scales = Scales(parts["weight_scale"].float(), None)
+    return pack_linear(linear, parts["weight"], scales, EightBitGrid("int", "channel"), inputs)
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -106,8 +106,8 @@ class LLMCompressorSmoothQuant:
             "input_bits": 8,
         }
         answer = ask(LIBRARY, self.interpreter, base, bench, settings, calibrates=True)
-        dtype, inputs = base.storage_dtype, InputGrid()
-        return put_back(base, answer, lambda linear, parts: int_quantized_layer(linear, parts, dtype, inputs))
+        inputs = InputGrid()
+        return put_back(base, answer, lambda linear, parts: int_quantized_layer(linear, parts, inputs))
 
 
 def _weight_only(

@@ -57,7 +57,9 @@ class SparseLinear(PackedLinear):
             self.register_buffer("weight_packed", torch.empty(words(kept, bits), dtype=torch.int32))
             self.register_buffer("weight_scale", torch.empty(shape, dtype=self.scale_dtype))
             self.register_buffer("weight_zero_point", torch.empty(shape, dtype=torch.uint8))
-        self.register_buffer("operand", None, persistent=False)
+        self.operand: Tensor | None = None
+        self.register_buffer("operand_packed", None, persistent=False)  # what the operand holds: values and places
+        self.register_buffer("operand_places", None, persistent=False)
 
     @classmethod
     def from_mask(
@@ -142,6 +144,7 @@ class SparseLinear(PackedLinear):
         from torch.sparse import to_sparse_semi_structured
 
         self.operand = to_sparse_semi_structured(self.dequantise(dtype))
+        self.operand_packed, self.operand_places = self.operand.packed, self.operand.meta
         self.kernel = TWO_OF_FOUR
         return True
 
@@ -151,7 +154,7 @@ class SparseLinear(PackedLinear):
 
     def drop_operand(self) -> None:
         """Forget the 2:4 operand."""
-        self.operand = None
+        self.operand = self.operand_packed = self.operand_places = None
 
 
 def _grid_spec(grid: IntegerGrid) -> dict[str, Any]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from methods.quantization.linear import QuantizedLinear
 
 
+SMALLEST_FACTOR = 1e-2
+
+
 @dataclass(frozen=True)
 class PEQA:
     """Rounding, then training of the scales by the language-modelling loss on the calibration text."""
@@ -38,12 +41,11 @@ class PEQA:
         layers = {name: _TrainedScale(layer) for name, layer in block_linears(rounded.module).items()}
         for name, layer in layers.items():
             replace_module(rounded.module, name, layer)
-        parameters = [layer.scale for layer in layers.values()]
-        positive = torch.finfo(base.storage_dtype).smallest_normal  # a scale that crossed zero would mirror its group
+        parameters = [layer.factor for layer in layers.values()]
 
         def keep_positive() -> None:
             for parameter in parameters:
-                parameter.clamp_(min=positive)
+                parameter.clamp_(min=SMALLEST_FACTOR)  # a scale that crossed zero would mirror its group
 
         train(rounded.module, parameters, windows, language_modeling_loss, self.training, bench, "PEQA", keep_positive)
         for name, layer in layers.items():
@@ -52,15 +54,24 @@ class PEQA:
 
 
 class _TrainedScale(nn.Module):
-    """A QuantizedLinear whose scales [R, G] are a float32 parameter and whose integers are constants."""
+    """A QuantizedLinear with constant integers, whose scales [R, G] are what they were times a float32 parameter.
+
+    Factors make one learning rate fit every width: a scale at 8 bits is a sixteenth of that at 4.
+    """
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.layer = [layer]  # in a list: not a submodule, nothing of it is trained
         scales = layer.scales()
-        self.scale = nn.Parameter(scales.scale.float())
+        self.factor = nn.Parameter(torch.ones_like(scales.scale, dtype=torch.float32))
+        self.register_buffer("start", scales.scale.float(), persistent=False)
         centred = layer.grid.grouped(layer.codes()).to(torch.int16) - scales.zero[..., None]  # [R, G, g]
         self.register_buffer("centred", centred.to(torch.int16), persistent=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The present scales [R, G]."""
+        return self.start * self.factor
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
