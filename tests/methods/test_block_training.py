@@ -7,7 +7,7 @@ import torch
 
 from harness.errors import RunError
 from harness.method import TrainingLog
-from methods.block_training import BlockCheckpoints, minimise
+from methods.block_training import BlockTensors, minimise
 
 TARGETS = torch.tensor([1.0, 2.0, 6.0])
 
@@ -60,10 +60,10 @@ def test_the_curve_starts_before_training_and_has_a_point_an_epoch():
 
 
 def test_what_was_kept_comes_back_and_the_rest_does_not(tmp_path):
-    kept = BlockCheckpoints(tmp_path / "new")
+    kept = BlockTensors(tmp_path / "new")
     assert kept.get("0") is None
     kept.put("0", {"a": torch.arange(3.0)})
-    assert torch.equal(BlockCheckpoints(tmp_path / "new").get("0")["a"], torch.arange(3.0))
+    assert torch.equal(BlockTensors(tmp_path / "new").get("0")["a"], torch.arange(3.0))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["0.safetensors"]
 
 

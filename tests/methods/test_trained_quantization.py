@@ -28,7 +28,7 @@ GRID = IntegerGrid(3, group_size=16)
 NF4 = CodebookGrid("nf4", 4, 16, double_quantization=True)
 STATIC = InputGrid(8, scope="tensor", static=True)
 NONE = TrainingSettings(steps=0, learning_rate=1e-3)
-SOME = TrainingSettings(steps=40, learning_rate=5e-3)
+SOME = TrainingSettings(steps=40, learning_rate=2e-2)
 CALIBRATION = torch.randint(3, 97, (8, 24), generator=torch.Generator().manual_seed(0))
 
 
