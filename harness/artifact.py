@@ -64,7 +64,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
             "linears": {name: [linear.out_features, linear.in_features] for name, linear in linears.items()},
             "modules": {name: {"_target_": _path_of(module), **module.spec()} for name, module in replaced.items()},
             "parameters": _dense_parameter_count(lm.module, replaced),
-            "engine": getattr(lm.engine, "settings", dict)(),
+            "engine": lm.engine.settings(),
         }
         write_json_atomically(description, partial / DESCRIPTION)
         for file in partial.rglob("*"):
@@ -129,7 +129,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        engine=TransformersEngine(module, **description.get("engine", {})),
+        engine=TransformersEngine(module, **_rebuilt("engine", description.get("engine", {}))),
         storage_dtype=getattr(torch, description["storage_dtype"]),
     )
 
@@ -252,16 +252,21 @@ def _path_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _rebuild(name: str, spec: dict[str, Any]) -> nn.Module:
-    """The layer that a description names, layers inside it first."""
-    arguments = {
-        key: _rebuild(f"{name}.{key}", value) if isinstance(value, dict) and "_target_" in value else value
-        for key, value in spec.items()
-    }
+def _rebuild(name: str, spec: dict[str, Any]) -> Any:
+    """The layer (or other object) that a description names, those inside it first."""
+    arguments = _rebuilt(name, spec)
     path, _, class_name = arguments.pop("_target_").rpartition(".")
     if not path.startswith(TRUSTED_PREFIX):
         raise RunError(f"{name}: the saved model names {path}.{class_name}, which is not part of this project")
     return getattr(importlib.import_module(path), class_name)(**arguments)
+
+
+def _rebuilt(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, those that describe an object made into it."""
+    return {
+        key: _rebuild(f"{name}.{key}", value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in values.items()
+    }
 
 
 def _require_space(folder: Path, needed: int) -> None:

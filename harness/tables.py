@@ -264,12 +264,16 @@ def _activation_bits(record: RunRecord) -> float | None:
     return record.card.get("activation_bits")
 
 
+def _key_value_bits(record: RunRecord) -> float | None:
+    return record.card.get("key_value_bits")
+
+
 def _widths(record: RunRecord) -> str:
-    """Bits of weights, or of weights and of what they multiply: "4", "W4A8"."""
-    if record.bits is None:
-        return ""
-    inputs = _activation_bits(record)
-    return f"{record.bits:g}" if inputs is None else f"W{record.bits:g}A{inputs:g}"
+    """Bits of weights, of what they multiply, of cached keys and values: "4", "W4A8", "KV8", "W4A16KV8"."""
+    weights, inputs, cached = record.bits, _activation_bits(record), _key_value_bits(record)
+    if inputs is None and (cached is None or weights is None):
+        return f"{weights:g}" if weights is not None else "" if cached is None else f"KV{cached:g}"
+    return f"W{weights or 16:g}A{inputs or 16:g}" + ("" if cached is None else f"KV{cached:g}")
 
 
 def _group(record: RunRecord) -> Group | None:
@@ -288,6 +292,7 @@ def _order(record: RunRecord) -> tuple:
         name,
         -(record.bits if record.bits is not None else -math.inf),
         -(_activation_bits(record) or 16),
+        -(_key_value_bits(record) or 16),
         str(_sparsity(record) or ""),
         record.id,
     )
@@ -651,6 +656,7 @@ def frame(records: Iterable[RunRecord]) -> DataFrame:
             "title": _title(record),
             "bits": record.bits,
             "activation_bits": _activation_bits(record),
+            "key_value_bits": _key_value_bits(record),
             "sparsity": _sparsity(record),
             "status": record.status,
             "failed_stage": record.failure.stage if record.failure else None,
@@ -664,7 +670,7 @@ def frame(records: Iterable[RunRecord]) -> DataFrame:
     return pd.DataFrame(rows)
 
 
-NUMBERS = ("bits", "activation_bits", "value", "low", "high")
+NUMBERS = ("bits", "activation_bits", "key_value_bits", "value", "low", "high")
 
 
 def to_csv(records: Iterable[RunRecord]) -> str:

@@ -106,5 +106,3 @@ class BlockTensors:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
-
-

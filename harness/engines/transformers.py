@@ -11,7 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from harness.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 Mode = Literal["scoring", "decoding"]
 
@@ -28,12 +28,36 @@ LOGITS_HELD = 2**25  # float32 logits in memory at once: 134 MB, 682 positions o
 LARGE_LOGIT = 100.0  # a cap or a scale on logits shows at this size, whatever the weights
 
 
-class TransformersEngine:
-    """A transformers causal language model behind the harness's engine interface."""
+class CacheKind(Protocol):
+    """Another cache of keys and values than one entry for each number."""
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    name: str  # what a row says about it
+
+    def new_cache(self, config: PreTrainedConfig) -> Cache:
+        """An empty cache for a model of this configuration."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Arguments that make this kind again."""
+
+
+class TransformersEngine:
+    """A transformers causal language model behind the harness's engine interface.
+
+    cache: what keys and values are kept in; text is scored through it too, so that quality shows what it loses. None
+        keeps all of them as they are.
+    """
+
+    def __init__(self, module: PreTrainedModel, cache: CacheKind | None = None) -> None:
         self.module = module.eval()
+        self.cache = cache
         self._mode: Mode | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """How a saved model is run again: arguments besides the module; objects by the path of their class."""
+        if self.cache is None:
+            return {}
+        path = f"{type(self.cache).__module__}.{type(self.cache).__qualname__}"
+        return {"cache": {"_target_": path, **self.cache.as_dict()}}
 
     # ---- scoring
 
@@ -72,7 +96,13 @@ class TransformersEngine:
         return max(64, LOGITS_HELD // self.module.get_input_embeddings().num_embeddings)
 
     def _body(self, tokens: Tensor) -> Tensor:
-        return self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.module.base_model(input_ids=tokens, **self._reading()).last_hidden_state
+
+    def _reading(self) -> dict[str, Any]:
+        """How a text is read at once: past a cache only where that changes what is read."""
+        if self.cache is None:
+            return {"use_cache": False}
+        return {"past_key_values": self._new_cache(), "use_cache": True}
 
     @property
     def _head(self) -> nn.Module:
@@ -107,7 +137,7 @@ class TransformersEngine:
         vocabulary = self.module.get_input_embeddings().num_embeddings
         tokens = torch.arange(8, device=self.module.device)[None] % vocabulary
         hidden = self._body(tokens)[0]
-        own = self.module(input_ids=tokens, use_cache=False).logits[0].float()
+        own = self.module(input_ids=tokens, **self._reading()).logits[0].float()
         if head is None or not _same(self._through_module(hidden, head), own, hidden.dtype):
             raise RunError(
                 f"{type(self.module).__name__}: logits computed from the final hidden states differ from the model's "
@@ -147,6 +177,8 @@ class TransformersEngine:
         return told
 
     def _new_cache(self) -> Cache:
+        if self.cache is not None:
+            return self.cache.new_cache(self.module.config)
         from transformers import DynamicCache
 
         return DynamicCache(config=self.module.config)
@@ -203,7 +235,8 @@ class TransformersEngine:
         """What multiplies the matrices, and the activations' dtype: "int4 packed (torch), bfloat16"."""
         found = Counter(_kernels(self.module))
         names = ", ".join(kernel for kernel, _ in found.most_common()) or "dense matmul"
-        return f"{names}, {str(self.module.dtype).removeprefix('torch.')}"
+        cache = "" if self.cache is None else f", {self.cache.name}"
+        return f"{names}{cache}, {str(self.module.dtype).removeprefix('torch.')}"
 
     @property
     def attention(self) -> str:
