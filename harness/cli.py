@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from harness import stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
 from harness.run import CONF, Outcome, Paths, make, run
@@ -31,17 +33,19 @@ GROUPS = {  # the order in which help lists them
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }
-PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "paths")
+PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "paths", "steps")
 USAGE = """\
 Compare LLM inference optimizations: one protocol, one record per run.
 
     python -m harness method=gptq bits=3                  one run, compared with the dense model
     python -m harness -m method=awq,gptq bits=3,4         a sweep: every combination
+    python -m harness 'method=[sparsegpt,gptq]' bits=4    one method after the other, on the same model
     python -m harness experiment=table_1                  a ready-made sweep
     python -m harness.tables table_1                      the table, from records only
     python -m harness.verify results/records/….json       run a record again and compare
 
-Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true).
+Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);
+of a method in a stack, with steps.gptq.method.grid.group_size=32.
 Show the whole configuration with --cfg job, Hydra's own options with --hydra-help.
 """
 
@@ -54,6 +58,11 @@ def main() -> None:
         print(help_text())
         return
     problem = check_names(arguments)
+    if not problem:
+        try:
+            sys.argv[1:] = stacks.register(arguments)
+        except ConfigError as error:
+            problem = str(error)
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
@@ -109,7 +118,7 @@ def check_names(arguments: list[str]) -> str:
         if group not in GROUPS or "(" in value or "$" in value:
             continue
         valid = options(group)
-        for name in value.strip("[]").split(","):
+        for name in re.split(r"[,+]" if group == "method" else ",", re.sub(r"[\[\]]", "", value)):
             name = name.strip().strip("'\"")
             if name not in valid and name not in ("null", ""):
                 return unknown(group, name, valid)
@@ -129,7 +138,7 @@ def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool]:
 
     from harness.wheels import default_cache
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = OmegaConf.to_container(stacks.flatten(cfg), resolve=True)
     paths = config.pop("paths")
     force = bool(config.pop("force"))
     config["model"].setdefault("name", f"local-{Path(config['model'].get('path') or '').stem}")

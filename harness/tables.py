@@ -230,7 +230,7 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
             rows.append(Row(group=f"{group.title} ({group.source})"))
             previous = group
         cells = [
-            Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record))),
+            Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record, records))),
             Cell(_widths(record)),
         ]
         if swept:
@@ -346,7 +346,8 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
 
 def _sparsity(record: RunRecord) -> Any:
     method = record.config.get("method")
-    return method.get("sparsity") if isinstance(method, dict) else None
+    steps = [method, *method.get("steps", [])] if isinstance(method, dict) else []
+    return next((step["sparsity"] for step in steps if step.get("sparsity") is not None), None)
 
 
 def _sparsities(records: list[RunRecord]) -> bool:
@@ -511,9 +512,12 @@ def _kernels(records: list[RunRecord]) -> _Kernels:
 _NONE = Measurement("", None, "", "", "lower")
 
 
-def _remarks(record: RunRecord) -> list[str]:
-    """Footnotes of a row: departures from the paper, what its author must say, what else runs it, why it has gaps."""
-    remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes")]
+def _remarks(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
+    """Footnotes of a row: departures from the paper, what its author must say, what else runs it, why it has gaps.
+
+    beside: the other rows of the block; a stack is compared with its steps among them.
+    """
+    remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes"), *_additivity(record, beside)]
     if record.card.get("runtime"):
         remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
@@ -530,6 +534,23 @@ def _remarks(record: RunRecord) -> list[str]:
     ]
     remarks += _doubts_about_speed(record)
     return remarks
+
+
+def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a stack's steps cost alone, what that predicts if losses (nats per token) add up, what was measured."""
+    steps = (record.config.get("method") or {}).get("steps") or []
+    dense = next((r for r in beside if _name(r) == DENSE.name), None)
+    alone = [next((r for r in beside if r.config.get("method") == step), None) for step in steps]
+    found = [r.find("perplexity") if r else None for r in (dense, record, *alone)]
+    if not steps or any(m is None or m.value is None for m in found):
+        return []
+    start, measured, *parts = (math.log(m.value) for m in found)
+    predicted = math.exp(start + sum(part - start for part in parts))
+    listed = ", ".join(f"{_title(r)} {math.exp(part):.4g}" for r, part in zip(alone, parts, strict=True))
+    return [
+        f"alone: {listed}; if their losses added up, {predicted:.4g}; measured {math.exp(measured):.4g} "
+        f"({math.exp(measured) / predicted - 1:+.1%})"
+    ]
 
 
 def _lines_of(record: RunRecord, field: str) -> list[str]:

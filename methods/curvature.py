@@ -324,6 +324,7 @@ def sweep_columns(
     block_columns: int = 128,
     order: Tensor | None = None,
     see_pivots: Callable[[Tensor], None] | None = None,
+    removed: Tensor | None = None,
 ) -> Sweep:
     """Replace columns of W [R, C] one by one by `project`, spreading each error over the columns still to come.
 
@@ -332,6 +333,7 @@ def sweep_columns(
     moment: H [C, C]; damping: fraction of its mean diagonal added to the diagonal.
     order: positions -> column index; None sweeps from left to right.
     see_pivots: called once with the diagonal of U [C], by position, before the sweep begins.
+    removed: bool [R, C], weights that an earlier method took out: zero when projected, so that the others make up.
     A column that is never active (H_jj = 0) becomes zero. Updates beyond a block of `block_columns` are one product.
 
     With H⁻¹ = Uᵀ U, U upper triangular: e_j = (w_j - q_j) / U_jj, and w_k -= e_j U_jk for every k > j
@@ -359,7 +361,8 @@ def sweep_columns(
                 for j in range(inner, end):
                     current = partial(_present_values, work, factor, errors, (first, inner, end, last), j)
                     column = work[j]
-                    projected = project(column, indices[j], current)
+                    present = column if removed is None else column.masked_fill(removed[:, indices[j]], 0)
+                    projected = project(present, indices[j], current)
                     scaled = torch.sub(column, projected, out=errors[j - first]).div_(pivots[j])
                     column.copy_(projected)
                     work[j + 1 : end].addr_(factor[j, j + 1 : end], scaled, alpha=-1)

@@ -6,8 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness import run
-from harness.cli import GROUPS, one_line, options, resolve
+from harness import run, stacks
+from harness.cli import GROUPS, check_names, one_line, options, resolve
 from harness.errors import ConfigError
 from harness.run import CONF, make
 
@@ -184,3 +184,46 @@ def test_bad_values_are_refused_by_build_with_the_value_in_the_message(overrides
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match=message):
         run.build(resolved(*overrides))
+
+
+# ------------------------------------------------------------------------------------------------------- stacks
+
+
+def stacked(*overrides: str) -> dict:
+    return resolved(*stacks.register(overrides))
+
+
+def test_a_stack_is_its_methods_in_order():
+    for order in (["sparsegpt", "gptq"], ["gptq", "sparsegpt"]):
+        config = stacked(f"method=[{','.join(order)}]", "bits=3", "sparsity=0.3")
+        alone = [resolved(f"method={name}", "bits=3", "sparsity=0.3") for name in order]
+        assert config["method"]["steps"] == [one["method"] for one in alone]
+        assert config["card"]["name"] == "+".join(order)
+        assert config["card"]["bits"] == 3
+        assert run.build(config).method.names == order
+
+
+def test_one_step_of_a_stack_can_be_changed():
+    config = stacked("method=[wanda,gptq]", "steps.gptq.method.grid.group_size=32", "steps.wanda.method.scope=layer")
+    assert config["method"]["steps"][1]["grid"]["group_size"] == 32
+    assert config["method"]["steps"][0]["scope"] == "layer"
+    swapped = stacked("method=[wanda,rtn]", "grid@steps.rtn.method.grid=nf4", "bits=8")
+    assert swapped["method"]["steps"][1]["grid"]["kind"] == "nf4"
+    assert swapped["card"]["bits"] == 4  # the references of a step are to its own method
+
+
+def test_stacks_sweep_beside_methods():
+    written = stacks.register(["-m", "method=[wanda, gptq],rtn,[magnitude,rtn,kv_cache]", "bits=3,4"])
+    assert written == ["-m", "method=wanda+gptq,rtn,magnitude+rtn+kv_cache", "bits=3,4"]
+    three = resolved("method=magnitude+rtn+kv_cache", "bits=8")
+    assert [three["card"][key] for key in ("bits", "activation_bits", "key_value_bits")] == [8, None, 8]
+
+
+@pytest.mark.parametrize("wrong", ["[gptq,gptq]", "[dense,gptq]"])
+def test_stacks_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ConfigError, match="stands once in a stack"):
+        stacks.register([f"method={wrong}"])
+
+
+def test_a_wrong_name_in_a_stack_is_named():
+    assert "unknown method 'gptqq'. Did you mean gptq?" in check_names(["method=[wanda,gptqq]"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import ConfigError
 
@@ -85,3 +85,27 @@ def _lowest_of_each_row(scores: Tensor, count: int) -> Tensor:
     equal = scores == limit
     room = count - below.sum(1, keepdim=True)
     return below | (equal & (equal.cumsum(1) <= room))
+
+
+class MaskedLinear(nn.Linear):
+    """A linear between two methods of a stack: numbers for the second one, and what the first one removed.
+
+    removed: bool [out, in], or None where nothing is.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, removed: Tensor | None) -> None:
+        rows, columns = weight.shape
+        super().__init__(columns, rows, bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        self.register_buffer("removed", removed, persistent=False)
+
+
+def removed_before(linears: list[nn.Linear]) -> Tensor | None:
+    """What an earlier method removed from stacked linears, bool [R, C]; None where none of them is masked."""
+    masks = [getattr(linear, "removed", None) for linear in linears]
+    if all(mask is None for mask in masks):
+        return None
+    pairs = zip(linears, masks, strict=True)
+    return torch.cat([torch.zeros_like(o.weight, dtype=torch.bool) if mask is None else mask for o, mask in pairs])

@@ -123,8 +123,12 @@ class SparseLinear(PackedLinear):
             return dense
         codes = torch.zeros(kept.shape, dtype=torch.uint8, device=kept.device)
         codes[kept] = unpack(self.weight_packed[None], self.grid.bits, self.kept)[0]
-        scales = Scales(self.weight_scale, self.weight_zero_point.to(torch.int32))
-        return self.grid.decode(codes, scales).masked_fill_(~kept, 0).to(dtype)
+        return self.grid.decode(codes, self.scales()).masked_fill_(~kept, 0).to(dtype)
+
+    def scales(self) -> Scales:
+        """Scale and zero point of every group, of a layer with a grid."""
+        self.require_packed()
+        return Scales(self.weight_scale, self.weight_zero_point.to(torch.int32))
 
     def spec(self) -> dict[str, Any]:
         """Arguments that rebuild this layer with empty buffers."""

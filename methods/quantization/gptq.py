@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from methods.blocks import Block, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
+from methods.pruning.masks import removed_before
 from methods.quantization.grids import Grid, IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, pack_linear
 
@@ -97,7 +98,7 @@ class GPTQ:
             group = [linears[name] for name in names]
             weights = torch.cat([linear.weight.float() for linear in group])
             rows = [linear.out_features for linear in group]
-            sweep, scales = self.solve(weights, moments.second(), dtype, rows)
+            sweep, scales = self.solve(weights, moments.second(), dtype, rows, removed_before(group))
             if sweep.retries:
                 log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
             for name, linear, weight, own in zip(names, group, sweep.weight.split(rows), scales, strict=True):
@@ -110,9 +111,12 @@ class GPTQ:
             block.replace(name, linear)
         return outputs
 
-    def solve(self, weight: Tensor, moment: Tensor, dtype: torch.dtype, rows: list[int]) -> tuple[Sweep, list[Scales]]:
+    def solve(
+        self, weight: Tensor, moment: Tensor, dtype: torch.dtype, rows: list[int], removed: Tensor | None = None
+    ) -> tuple[Sweep, list[Scales]]:
         """Round W [R, C], the weights of linears with `rows` output channels stacked, under H [C, C].
 
+        removed: bool [R, C], weights that stay zero because an earlier method took them out.
         Returns the sweep, and the scales of each linear. Rows do not influence each other, so stacking changes nothing.
         """
         order = moment.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
@@ -120,7 +124,7 @@ class GPTQ:
         scales = [self.grid.fit(part.contiguous(), dtype) for part in live.split(rows)]
         grids = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype)
         project = grids.refit_then_round if self.groups == "dynamic" else grids.round
-        sweep = sweep_columns(weight, moment, project, self.damping, self.block_columns, order)
+        sweep = sweep_columns(weight, moment, project, self.damping, self.block_columns, order, removed=removed)
         return sweep, grids.split(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from fake_records import EPYC, LONG, QUICK, XEON, collapsed, failed, record, sweep, write_all
+from fake_records import DENSE_PERPLEXITY, EPYC, LONG, QUICK, XEON, collapsed, failed, record, sweep, write_all
 
 from harness import tables
 from harness.errors import ConfigError
@@ -473,3 +474,39 @@ def test_the_model_s_note_and_calibration_in_the_domain_are_said_above_the_numbe
     assert "Model: rounded before" in shown
     assert "Calibration: articles" in shown
     assert "in the domain of the evaluation" in shown
+
+
+# ------------------------------------------------------------------------------------------- cards say more than bits
+
+
+def test_widths_name_what_is_quantized():
+    cases = [
+        ((4, None, None), "4"),
+        ((4, 8, None), "W4A8"),
+        ((None, None, 8), "KV8"),
+        ((4, None, 8), "W4A16KV8"),
+        ((8, 8, 8), "W8A8KV8"),
+        ((None, None, None), ""),
+    ]
+    for (weights, inputs, cached), text in cases:
+        card = {"activation_bits": inputs, "key_value_bits": cached}
+        assert tables._widths(record("rtn", weights, card=card)) == text
+
+
+def test_a_stack_says_what_its_steps_cost_alone_and_together():
+    """Losses of 0.1 and 0.2 nats predict dense · exp(0.3); the footnote says so, and by how much it is off."""
+    pruned, rounded = record("wanda", loss=0.1, method={"sparsity": 0.5}), record("gptq", 4, loss=0.2)
+    steps = {"steps": [pruned.config["method"], rounded.config["method"]]}
+    both = record("wanda+gptq", 4, loss=0.35, method=steps, card={"taxonomy": "pruning/unstructured"})
+    text = tables.summary_table([record("dense"), pruned, rounded, both]).replace("\n  ", " ")
+    predicted = f"{DENSE_PERPLEXITY * math.exp(0.3):.4g}"
+    assert f"if their losses added up, {predicted}" in text
+    assert "(+5.1%)" in text
+    assert "added up" not in tables.summary_table([record("dense"), rounded, both])  # one step was never measured alone
+
+
+def test_what_else_runs_a_row_and_what_its_author_must_say_are_footnotes():
+    row = record("gptq", 4, card={"runtime": "vLLM", "notes": ["on this model a tie"]})
+    text = tables.summary_table([record("dense"), row])
+    assert "other runtimes: vLLM" in text
+    assert "on this model a tie" in text

@@ -1,0 +1,132 @@
+"""Methods one after the other on the same model: prune, then quantize, then shrink the cache.
+
+Between two steps a layer that the first one packed is opened again: its weights become numbers, what it knows about
+them (which are removed, which grid they lie on) is kept beside. After the second step both must still hold, and the
+layer is stored by both: removed weights stay removed, and what was on a grid stays there if the step left it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import ConfigError, RunError
+from methods.blocks import block_linears, replace_module
+from methods.pruning.masks import MaskedLinear
+from methods.pruning.sparse_linear import SparseLinear
+from methods.quantization.grids import IntegerGrid, Scales
+from methods.quantization.linear import PackedLinear, QuantizedLinear, pack_linear
+
+if TYPE_CHECKING:
+    from harness.method import Bench, LanguageModel, Method
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Methods in the order in which they are applied; names: what each is called, for messages and scratch folders."""
+
+    steps: Sequence[Method]
+    names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) < 2 or len(self.steps) != len(self.names):
+            raise ConfigError(f"a stack of {len(self.steps)} methods: name at least two, as in method=[sparsegpt,gptq]")
+
+    def check_available(self) -> None:
+        """Raise ConfigError when a step runs another project that is not installed."""
+        for step in self.steps:
+            getattr(step, "check_available", lambda: None)()
+
+    def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
+        """Every step on what the steps before it made."""
+        known: dict[str, _Known] = {}
+        for index, (name, step) in enumerate(zip(self.names, self.steps, strict=True)):
+            if index:
+                known = _open(base.module)
+            scratch = bench.scratch / f"{index}-{name}"
+            scratch.mkdir(parents=True, exist_ok=True)
+            # statistics kept by a sweep are those of the uncompressed model
+            own = replace(bench, scratch=scratch, statistics=None if index else bench.statistics)
+            base = step.compress(base, own)
+            _close(base, known, name)
+        return base
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a packed layer said about its weights before it was opened."""
+
+    layer: PackedLinear
+    opened: nn.Linear
+    removed: Tensor | None  # bool [out, in]
+    pattern: str
+    grid: IntegerGrid | None
+    scales: Scales | None
+
+
+@torch.no_grad()
+def _open(module: nn.Module) -> dict[str, _Known]:
+    """Make linears of layers that integers or masks describe; others stay, and a step that needs them says so."""
+    found = {}
+    dtype = module.get_input_embeddings().weight.dtype
+    for name, layer in block_linears(module).items():
+        sparse = isinstance(layer, SparseLinear)
+        if (not sparse and not isinstance(layer, QuantizedLinear)) or layer.inputs is not None:
+            continue
+        removed = layer.removed() if sparse else None
+        opened = MaskedLinear(layer.dequantise(dtype), layer.bias, removed).train(layer.training)
+        scales = None if layer.grid is None else layer.scales()
+        found[name] = _Known(layer, opened, removed, layer.pattern if sparse else "", layer.grid, scales)
+        replace_module(module, name, opened)
+    return found
+
+
+@torch.no_grad()
+def _close(base: LanguageModel, known: dict[str, _Known], step: str) -> None:
+    """Store every opened layer by what held before the step and what the step made of it."""
+    layers = block_linears(base.module)
+    for name, before in known.items():
+        layer = layers.get(name)
+        if layer is None or (layer.out_features, layer.in_features) != (
+            before.layer.out_features,
+            before.layer.in_features,
+        ):
+            raise RunError(f"{name}: {step} changed the shape of a layer that was compressed before; put {step} first")
+        weight = layer.dequantise() if hasattr(layer, "dequantise") else layer.weight.detach().float()
+        if layer is before.opened and torch.equal(weight, before.layer.dequantise(layer.weight.dtype).float()):
+            replace_module(base.module, name, before.layer)
+            continue
+        if before.removed is not None and bool(weight[before.removed].any()):
+            raise RunError(f"{name}: {step} brought removed weights back; put it before the method that prunes")
+        replace_module(base.module, name, _both(layer, weight, before, base.storage_dtype))
+
+
+def _both(layer: nn.Module, weight: Tensor, before: _Known, dtype: torch.dtype) -> nn.Module:
+    """The layer that stands for `layer`, with weights [out, in], and stores what is known of them from both steps."""
+    sparse = isinstance(layer, SparseLinear)
+    removed, pattern = (layer.removed(), layer.pattern) if sparse else (before.removed, before.pattern)
+    grid, scales = before.grid, before.scales
+    if isinstance(layer, QuantizedLinear) or (sparse and layer.grid is not None):
+        grid, scales = layer.grid, layer.scales()
+    elif grid is not None and not _lies_on(grid, scales, weight, removed, dtype):
+        grid = scales = None  # the step moved weights off their grid
+    plain = sparse or isinstance(layer, nn.Linear | QuantizedLinear)
+    if not plain or getattr(layer, "inputs", None) is not None:
+        return layer  # a format of its own: zeros are stored like other numbers
+    if removed is not None:
+        return SparseLinear.from_mask(layer, weight, removed, pattern, dtype, grid, scales)
+    if grid is None or isinstance(layer, QuantizedLinear):
+        return layer
+    return pack_linear(layer, grid.encode(weight, scales), scales, grid)
+
+
+def _lies_on(grid: IntegerGrid, scales: Scales, weight: Tensor, removed: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether kept weights [out, in], as stored in 16 bits, are those that the grid's nearest codes mean."""
+    nearest = grid.round(weight, scales)
+    if removed is not None:
+        nearest = nearest.masked_fill(removed, 0)
+    return torch.equal(nearest.to(dtype), weight.to(dtype))
