@@ -497,7 +497,7 @@ def _variant(method: dict[str, Any]) -> list[str]:
     if "steps" in method:
         return [word for step in method["steps"] for word in _variant(step)]
     grid = method.get("grid") or (method.get("inner") or {}).get("grid") or {}
-    bits, sparsity = grid.get("bits", method.get("bits")), method.get("sparsity")
+    bits, sparsity = grid.get("bits", method.get("bits")), {**(method.get("pruner") or {}), **method}.get("sparsity")
     words = [f"w{bits}"] if bits is not None else []
     return [*words, f"s{sparsity}".replace(":", "of")] if sparsity is not None else words
 

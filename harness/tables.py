@@ -346,8 +346,10 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
 
 def _sparsity(record: RunRecord) -> Any:
     method = record.config.get("method")
-    steps = [method, *method.get("steps", [])] if isinstance(method, dict) else []
-    return next((step["sparsity"] for step in steps if step.get("sparsity") is not None), None)
+    if not isinstance(method, dict):
+        return None
+    parts = [part for step in (method, *method.get("steps", [])) for part in (step, step.get("pruner") or {})]
+    return next((part["sparsity"] for part in parts if part.get("sparsity") is not None), None)
 
 
 def _sparsities(records: list[RunRecord]) -> bool:

@@ -43,21 +43,21 @@ class Stack:
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Every step on what the steps before it made."""
-        known: dict[str, _Known] = {}
+        known: dict[str, Known] = {}
         for index, (name, step) in enumerate(zip(self.names, self.steps, strict=True)):
             if index:
-                known = _open(base.module)
+                known = open_layers(base.module)
             scratch = bench.scratch / f"{index}-{name}"
             scratch.mkdir(parents=True, exist_ok=True)
             # statistics kept by a sweep are those of the uncompressed model
             own = replace(bench, scratch=scratch, statistics=None if index else bench.statistics)
             base = step.compress(base, own)
-            _close(base, known, name)
+            close_layers(base, known, name)
         return base
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """What a packed layer said about its weights before it was opened."""
 
     layer: PackedLinear
@@ -69,7 +69,7 @@ class _Known:
 
 
 @torch.no_grad()
-def _open(module: nn.Module) -> dict[str, _Known]:
+def open_layers(module: nn.Module) -> dict[str, Known]:
     """Make linears of layers that integers or masks describe; others stay, and a step that needs them says so."""
     found = {}
     dtype = module.get_input_embeddings().weight.dtype
@@ -80,13 +80,13 @@ def _open(module: nn.Module) -> dict[str, _Known]:
         removed = layer.removed() if sparse else None
         opened = MaskedLinear(layer.dequantise(dtype), layer.bias, removed).train(layer.training)
         scales = None if layer.grid is None else layer.scales()
-        found[name] = _Known(layer, opened, removed, layer.pattern if sparse else "", layer.grid, scales)
+        found[name] = Known(layer, opened, removed, layer.pattern if sparse else "", layer.grid, scales)
         replace_module(module, name, opened)
     return found
 
 
 @torch.no_grad()
-def _close(base: LanguageModel, known: dict[str, _Known], step: str) -> None:
+def close_layers(base: LanguageModel, known: dict[str, Known], step: str) -> None:
     """Store every opened layer by what held before the step and what the step made of it."""
     layers = block_linears(base.module)
     for name, before in known.items():
@@ -105,10 +105,12 @@ def _close(base: LanguageModel, known: dict[str, _Known], step: str) -> None:
         replace_module(base.module, name, _both(layer, weight, before, base.storage_dtype))
 
 
-def _both(layer: nn.Module, weight: Tensor, before: _Known, dtype: torch.dtype) -> nn.Module:
+def _both(layer: nn.Module, weight: Tensor, before: Known, dtype: torch.dtype) -> nn.Module:
     """The layer that stands for `layer`, with weights [out, in], and stores what is known of them from both steps."""
     sparse = isinstance(layer, SparseLinear)
     removed, pattern = (layer.removed(), layer.pattern) if sparse else (before.removed, before.pattern)
+    if sparse and before.removed is not None:
+        removed = removed | before.removed
     grid, scales = before.grid, before.scales
     if isinstance(layer, QuantizedLinear) or (sparse and layer.grid is not None):
         grid, scales = layer.grid, layer.scales()

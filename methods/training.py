@@ -81,11 +81,13 @@ def train(
     what: str,
     after_step: Callable[[], None] | None = None,
     state: Sequence[Tensor] = (),
+    first_step: int = 0,
 ) -> None:
     """Train `parameters` of `module` on token windows [S, T], in place.
 
     loss: (module, ids [B, T]) -> scalar. after_step: called after every optimizer step (masks, bounds).
     state: tensors that change in place while training and are no parameters (moving averages): kept in checkpoints.
+    first_step: where this training begins on the curve of a method that trains several times.
     Windows are read in shuffled passes, in an order that depends on the seed alone. The loss goes into the run's log.
     Raises RunError when the loss stops being a number.
     """
@@ -97,7 +99,7 @@ def train(
         parameter.requires_grad_(True)
     with torch.enable_grad():
         trained = _Trained(module, parameters, state, loss)
-        trainer = _trainer(trained, windows[order], settings, bench, what, after_step)
+        trainer = _trainer(trained, windows[order], settings, bench, what, after_step, first_step)
         trainer.train(resume_from_checkpoint=_last_checkpoint(bench.scratch / "training"))
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -128,6 +130,7 @@ def _trainer(
     bench: Bench,
     what: str,
     after_step: Callable[[], None] | None,
+    first_step: int,
 ) -> Any:
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
@@ -154,7 +157,7 @@ def _trainer(
                     raise RunError(
                         f"{what}: the loss is no number at step {state.global_step}; lower training.learning_rate"
                     )
-                bench.log.point("training loss", state.global_step, logs["loss"])
+                bench.log.point("training loss", first_step + state.global_step, logs["loss"])
 
     class InOrder(Trainer):
         """Reads the windows as they come: they were shuffled before."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from methods.blocks import Block, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
-from methods.pruning.masks import Pattern, lowest
+from methods.pruning.masks import Pattern, lowest, removed_before
 from methods.pruning.sparse_linear import SparseLinear
 from methods.quantization.gptq import ColumnGrids
 
@@ -80,7 +80,7 @@ class SparseGPT:
             group = [linears[name] for name in names]
             rows = [linear.out_features for linear in group]
             weight = torch.cat([linear.weight.float() for linear in group])
-            sweep, removed, scales = self.solve(weight, moments.second(), dtype, rows)
+            sweep, removed, scales = self.solve(weight, moments.second(), dtype, rows, removed_before(group))
             if sweep.retries:
                 log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
             parts = zip(names, group, sweep.weight.split(rows), removed.split(rows), scales, strict=True)
@@ -99,9 +99,11 @@ class SparseGPT:
         return Pattern.parse(self.sparsity)
 
     def solve(
-        self, weight: Tensor, moment: Tensor, dtype: torch.dtype, rows: list[int]
+        self, weight: Tensor, moment: Tensor, dtype: torch.dtype, rows: list[int], before: Tensor | None = None
     ) -> tuple[Sweep, Tensor, list[Scales | None]]:
         """Prune W [R, C], the weights of linears with `rows` output channels stacked, under H [C, C].
+
+        before: bool [R, C], what is removed already: it counts for the share, and is chosen first.
 
         Returns the sweep, the mask [R, C], and the scales of each linear (None without a grid).
         """
@@ -110,7 +112,7 @@ class SparseGPT:
         if self.grid is not None:
             scales = [self.grid.fit(part.contiguous(), dtype) for part in weight.split(rows)]
             finish = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype).round
-        masker = _Masker(self.pattern, self.mask_columns, rows, weight, finish)
+        masker = _Masker(self.pattern, self.mask_columns, rows, weight, finish, before)
         sweep = sweep_columns(
             weight, moment, masker.project, self.damping, self.block_columns, see_pivots=masker.see_pivots
         )
@@ -126,6 +128,7 @@ class _Masker:
     rows: list[int]  # output channels of each stacked linear: weights compete within their own
     weight: Tensor
     finish: Callable[[Tensor, int, object], Tensor] | None
+    before: Tensor | None = None  # [R, C], removed already
     removed: Tensor = field(init=False)  # [R, C]
     pivots: Tensor = field(init=False)  # [C]
 
@@ -142,6 +145,8 @@ class _Masker:
         if k % width == 0:
             last = min(k + width, self.weight.shape[1])
             scores = (current(k, last) / self.pivots[k:last]).square()
+            if self.before is not None:
+                scores.masked_fill_(self.before[:, k:last], -torch.inf)
             chosen = [lowest(part, self.pattern, "layer") for part in scores.split(self.rows)]
             self.removed[:, k:last] = torch.cat(chosen)
         kept = column.masked_fill(self.removed[:, k], 0)
