@@ -1,11 +1,11 @@
-"""GPTQ here against llm-compressor's `oneshot`, on one machine, one model and one text, one after the other.
+"""GPTQ, SparseGPT and Wanda here against llm-compressor's `oneshot`: one machine, model and text, in turn.
 
-    python tests/benchmarks/gptq_against_llm_compressor.py MODEL_FOLDER TEXT_FILE --peer PYTHON [--bits 4,3]
+    python tests/benchmarks/against_llm_compressor.py MODEL_FOLDER TEXT_FILE --peer PYTHON [--method sparsegpt]
 
 PYTHON is the interpreter of an environment of its own with llmcompressor installed (its pins clash with ours).
-Both get the same calibration windows, grid and evaluation windows. The clock holds `compress` and `oneshot` alone:
-loading, tokenising and evaluating are outside. CPU seconds are of the whole process, all threads. On a machine with
-other work to do use --threads 1: threads that wait for one another burn CPU seconds, most of all on a busy machine.
+Both get the same calibration windows, grid or sparsity, and evaluation windows. The clock holds `compress` and
+`oneshot` alone: loading, tokenising and evaluating are outside. CPU seconds are of the whole process, all threads. On a
+machine with other work to do use --threads 1: threads that wait for one another burn CPU seconds.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def perplexity(model, tokens) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
-def compress_here(model, calibration, bits: int, symmetric: bool):
-    """Our GPTQ in place: stops before the clock starts, after it ended, and when the model can be scored."""
+def compress_here(model, calibration, arguments: argparse.Namespace):
+    """Our method in place: stops before the clock starts, after it ended, and when the model can be scored."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from harness.method import Bench, LanguageModel
     from harness.progress import NoProgress
+    from methods.pruning.sparsegpt import SparseGPT
+    from methods.pruning.wanda import Wanda
     from methods.quantization.gptq import GPTQ
     from methods.quantization.grids import IntegerGrid
 
@@ -62,7 +64,10 @@ def compress_here(model, calibration, bits: int, symmetric: bool):
         def calibration_windows(self, tokenizer, generator):
             return calibration
 
-    method = GPTQ(IntegerGrid(bits, symmetric, GROUP_SIZE))
+    if arguments.method == "gptq":
+        method = GPTQ(IntegerGrid(int(arguments.bits), arguments.symmetric, GROUP_SIZE))
+    else:
+        method = {"sparsegpt": SparseGPT, "wanda": Wanda}[arguments.method](arguments.sparsity)
     base = LanguageModel(model, None, None, torch.float16)
     bench = Bench(Windows(), torch.Generator().manual_seed(0), Path("."), NoProgress())
     yield
@@ -74,20 +79,36 @@ def compress_here(model, calibration, bits: int, symmetric: bool):
     yield
 
 
-def compress_there(model, calibration, bits: int, symmetric: bool):
-    """llm-compressor's GPTQ in place, in the same three steps."""
+def recipe_there(arguments: argparse.Namespace):
+    """llm-compressor's modifier with the same settings."""
+    if arguments.method == "gptq":
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        weights = QuantizationArgs(
+            num_bits=int(arguments.bits), symmetric=arguments.symmetric, strategy="group", group_size=GROUP_SIZE
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    from llmcompressor.modifiers import pruning
+
+    structure = arguments.sparsity if ":" in arguments.sparsity else "0:0"
+    keep, of = map(int, structure.split(":"))
+    share = 1 - keep / of if of else float(arguments.sparsity)
+    modifier = {"sparsegpt": pruning.SparseGPTModifier, "wanda": pruning.WandaPruningModifier}[arguments.method]
+    return modifier(sparsity=share, mask_structure=structure, ignore=["re:.*lm_head"])
+
+
+def compress_there(model, calibration, arguments: argparse.Namespace):
+    """llm-compressor's method in place, in the same three steps."""
     import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
 
     data = Dataset.from_dict(
         {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
     )
-    arguments = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=GROUP_SIZE)
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
-    recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    recipe = recipe_there(arguments)
     samples, length = calibration.shape
     yield
     oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=samples, max_seq_length=length)
@@ -98,7 +119,7 @@ def compress_there(model, calibration, bits: int, symmetric: bool):
     yield
 
 
-def measure(side: str, arguments: argparse.Namespace, bits: int) -> dict:
+def measure(arguments: argparse.Namespace) -> dict:
     """Compress once in this process and report."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,7 +130,7 @@ def measure(side: str, arguments: argparse.Namespace, bits: int) -> dict:
         arguments.model, arguments.text, arguments.samples, arguments.window, arguments.seed
     )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    steps = {"here": compress_here, "there": compress_there}[side](model, calibration, bits, arguments.symmetric)
+    steps = {"here": compress_here, "there": compress_there}[arguments.side](model, calibration, arguments)
     next(steps)
     cpu, wall = time.process_time(), time.perf_counter()
     next(steps)
@@ -119,12 +140,14 @@ def measure(side: str, arguments: argparse.Namespace, bits: int) -> dict:
 
 
 def main() -> None:
-    """Run both sides for every bit-width and print the comparison; with --side, be one side."""
+    """Run both sides and print the comparison; with --side, be one side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a transformers model")
     parser.add_argument("text", help="text file")
     parser.add_argument("--peer", help="interpreter with llmcompressor")
-    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--method", choices=["gptq", "sparsegpt", "wanda"], default="gptq")
+    parser.add_argument("--bits", default="4", help="of GPTQ")
+    parser.add_argument("--sparsity", default="0.5", help="of SparseGPT and Wanda: a share, or N:M")
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
@@ -133,27 +156,26 @@ def main() -> None:
     parser.add_argument("--side", choices=["here", "there"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments, int(arguments.bits))))
+        print(json.dumps(measure(arguments)))
         return
     if not arguments.peer:
         parser.error("--peer PYTHON is needed: the interpreter of an environment with llmcompressor")
-    for bits in arguments.bits.split(","):
-        results = {}
-        for side, python in (("there", arguments.peer), ("here", sys.executable)):
-            command = [python, __file__, arguments.model, arguments.text, "--side", side, "--bits", bits]
-            command += ["--samples", str(arguments.samples), "--window", str(arguments.window)]
-            command += ["--threads", str(arguments.threads), "--seed", str(arguments.seed)]
-            command += ["--symmetric"] * arguments.symmetric
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[side] = json.loads(output.strip().splitlines()[-1])
-        for side, label in (("there", "llm-compressor"), ("here", "this project")):
-            r = results[side]
-            print(
-                f"{bits} bits, groups of {GROUP_SIZE}: {label}: {r['cpu_seconds']:.1f} CPU s, "
-                f"{r['wall_seconds']:.1f} s, perplexity {r['perplexity']:.3f}"
-            )
-        ratio = results["here"]["cpu_seconds"] / results["there"]["cpu_seconds"]
-        print(f"{bits} bits: ratio of CPU seconds {ratio:.3f}", flush=True)
+    what = f"{arguments.bits} bits, groups of {GROUP_SIZE}" if arguments.method == "gptq" else arguments.sparsity
+    results = {}
+    for side, python in (("there", arguments.peer), ("here", sys.executable)):
+        command = [python, __file__, arguments.model, arguments.text, "--side", side]
+        for name in ("method", "bits", "sparsity", "samples", "window", "threads", "seed"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--symmetric"] * arguments.symmetric
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[side] = r = json.loads(output.strip().splitlines()[-1])
+        label = {"there": "llm-compressor", "here": "this project"}[side]
+        print(
+            f"{arguments.method}, {what}: {label}: {r['cpu_seconds']:.1f} CPU s, {r['wall_seconds']:.1f} s, "
+            f"perplexity {r['perplexity']:.3f}",
+            flush=True,
+        )
+    print(f"ratio of CPU seconds {results['here']['cpu_seconds'] / results['there']['cpu_seconds']:.3f}")
 
 
 if __name__ == "__main__":
