@@ -50,7 +50,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     partial.mkdir(parents=True)
     try:
         replaced = _outermost({name: module for name, module in lm.module.named_modules() if hasattr(module, "spec")})
-        state = _state_to_store(lm, replaced)
+        state = state_to_store(lm, replaced)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         _require_space(partial, needed)
         save_torch_state_dict(state, str(partial), max_shard_size=MAXIMUM_SHARD_BYTES, safe_serialization=True)
@@ -115,7 +115,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
             ) from error
     stored = {name for name, spec in description["modules"].items()}
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not _inside(name, stored):
+        if tensor.is_floating_point() and not inside(name, stored):
             state[name] = tensor.to(dtype)
     _, unexpected = module.load_state_dict(state, strict=False, assign=True)
     module.tie_weights()
@@ -175,14 +175,14 @@ def sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+def state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Tensors to write: compressed layers as they are, everything else in the storage type, tied tensors once."""
     tied = set(getattr(lm.module, "all_tied_weights_keys", None) or {})
     state = {}
     for name, tensor in lm.module.state_dict().items():
         if name in tied:
             continue
-        if tensor.is_floating_point() and not _inside(name, replaced):
+        if tensor.is_floating_point() and not inside(name, replaced):
             tensor = tensor.to(lm.storage_dtype)
         state[name] = tensor.detach().to("cpu").contiguous()
     return state
@@ -222,10 +222,10 @@ def _compressed_tensors(module: nn.Module, schemes: dict[str, dict[str, Any]]) -
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Without those inside another: a layer around a layer describes both."""
-    return {name: module for name, module in modules.items() if not _inside(name, modules)}
+    return {name: module for name, module in modules.items() if not inside(name, modules)}
 
 
-def _inside(name: str, owners: Collection[str]) -> bool:
+def inside(name: str, owners: Collection[str]) -> bool:
     """Whether a parameter or module lies inside one of the modules `owners` (and is not itself one)."""
     while "." in name:
         name = name.rpartition(".")[0]
@@ -239,7 +239,7 @@ def _dense_parameter_count(module: nn.Module, replaced: dict[str, nn.Module]) ->
     plain = sum(
         parameter.numel()
         for name, parameter in module.named_parameters()  # yields tied parameters once
-        if not _inside(name, replaced)
+        if not inside(name, replaced)
     )
     packed = 0
     for child in replaced.values():

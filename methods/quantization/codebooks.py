@@ -7,6 +7,7 @@ Blocks run over the matrix in reading order and may cross rows. Every book lies 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,6 +165,10 @@ class CodebookGrid:
 
     def _unblocked(self, blocked: Tensor, shape: torch.Size) -> Tensor:
         return blocked.reshape(-1)[: shape.numel()].view(shape)
+
+
+BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BITSANDBYTES_FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12  # by code
 
 
 @cache
@@ -347,6 +352,49 @@ class CodebookLinear(PackedLinear):
 
     def compressed_tensors_scheme(self) -> None:
         """Its formats hold integers and standard floats only."""
+
+    def bitsandbytes(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Its configuration and tensors of the same weights in bitsandbytes; None where it has no such type."""
+        if self.grid.kind not in ("nf4", "fp4") or self.grid.group_size not in BITSANDBYTES_BLOCKS:
+            return None
+        nested = self.grid.double_quantization
+        table = BITSANDBYTES_FP4 if self.grid.kind == "fp4" else self.grid.book()
+        order = (self.grid.book()[:, None] - table[None]).abs().argmin(1)  # ours are ascending
+        codes = order.to(torch.uint8)[self.codes().flatten().long()]
+        pairs = functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+        state = {
+            "quant_type": self.grid.kind,
+            "blocksize": self.grid.group_size,
+            "dtype": str(self.scale_dtype).removeprefix("torch."),
+            "shape": [self.out_features, self.in_features],
+        }
+        tensors = {
+            "weight": (pairs[:, :1] << 4) | pairs[:, 1:],
+            "weight.quant_map": table.clone(),
+            "weight.absmax": self.scale_codes if nested else self.weight_scale.float(),
+        }
+        if nested:
+            state |= {
+                "nested_blocksize": SCALE_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": float(self.scale_mean),
+            }
+            tensors |= {
+                "weight.nested_absmax": self.scale_scale,
+                "weight.nested_quant_map": fixed_book("dynamic", 8).clone(),
+            }
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[f"weight.quant_state.bitsandbytes__{self.grid.kind}"] = text
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        config = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.grid.kind,
+            "bnb_4bit_use_double_quant": nested,
+            "bnb_4bit_compute_dtype": state["dtype"],
+            "bnb_4bit_quant_storage": "uint8",
+        }
+        return config, tensors
 
     def codes(self) -> Tensor:
         """Numbers of the values, uint8 [out, in]."""

@@ -119,6 +119,15 @@ class VectorwiseInt8Linear(PackedLinear):
     def compressed_tensors_scheme(self) -> None:
         """compressed-tensors has 8-bit products, but no decomposition."""
 
+    def bitsandbytes(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Its configuration and tensors of the same weights in bitsandbytes; None for kept 16-bit weights."""
+        if self.keeps_weights:
+            return None
+        tensors = {"weight": self.weight, "SCB": self.SCB, "weight_format": self.weight_format}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        return {"load_in_8bit": True, "llm_int8_threshold": self.threshold or 0.0}, tensors
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The 8-bit weights [out, in] as numbers: computed in float32, rounded once to `dtype`."""
         return self.weight.float().mul_(self.SCB[:, None] / TOP).to(dtype)

@@ -52,7 +52,7 @@ def compress_here(model, calibration, arguments: argparse.Namespace):
     """Our method in place: stops before the clock starts, after it ended, and when the model can be scored."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from harness.method import Bench, LanguageModel
     from harness.progress import NoProgress
     from methods.pruning.sparsegpt import SparseGPT
