@@ -193,6 +193,16 @@ def test_a_dense_model_has_no_kernel_divergence(tmp_path):
     assert found["kernel_divergence"].note == "dense matmul, bfloat16"
 
 
+def test_both_perplexities_of_a_kernel_are_those_of_scoring(tmp_path):
+    """Of the same tokens in the decoding type; without a kernel both are one number."""
+    ctx = context(tmp_path, TEXT, decoding_dtype="bfloat16")
+    lm = language_model()
+    found = measured(KernelDivergence(), lm, ctx)["kernel_perplexity"]
+    ids = ctx.corpus.evaluation_tokens(lm.tokenizer)[None, :64]
+    assert found.value == pytest.approx(float(lm.engine.score(ids).mean().exp()), rel=1e-4)
+    assert float(found.note.partition(" ")[0]) == pytest.approx(found.value, rel=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_kernels_compute_what_the_weights_say_and_a_wrong_one_shows(tmp_path, bits):
     from methods.quantization.grids import IntegerGrid

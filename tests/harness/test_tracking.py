@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,21 @@ def _write(run, folder: Path) -> Path:
     from harness.records import write_record
 
     return write_record(run, folder / "record.json")
+
+
+def test_learning_curves_are_line_charts_over_their_own_steps(results):
+    """Read back row by row with the SDK's own reader: every point of every curve, at its own step."""
+    curves = {"training loss": [[1, 3.5], [2, 3.0], [40, 2.0]], "block 3 loss": [[0, 0.5], [1, 0.25]]}
+    run = replace(record("peqa", 4, loss=0.03), curves=curves)
+    place = WandbTracker("project").log(run, results)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", place]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    found = {}
+    for line in lines:
+        entry = json.loads(line)
+        if entry.get("type") == "history":
+            row = entry["history"]["item"]
+            for name in ("training_loss", "block_3_loss"):
+                if name in row:
+                    found.setdefault(name, []).append([row[f"{name}_step"], row[name]])
+    assert found == {"training_loss": curves["training loss"], "block_3_loss": curves["block 3 loss"]}
