@@ -109,6 +109,7 @@ def run(
                 return Outcome("skipped", title, "already recorded", record, path, baseline)
         stages.warm_up()
         parts = build(config)
+        getattr(parts.method, "check_available", lambda: None)()  # another project's library, before weights load
         compared = _baseline_needed(config, parts)
     except ConfigError as error:
         return Outcome("refused", title, str(error))
