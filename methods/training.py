@@ -81,10 +81,12 @@ def train(
     what: str,
     after_step: Callable[[], None] | None = None,
     state: Sequence[Tensor] = (),
+    before_step: Callable[[], None] | None = None,
 ) -> None:
     """Train `parameters` of `module` on token windows [S, T], in place.
 
     loss: (module, ids [B, T]) -> scalar. after_step: called after every optimizer step (masks, bounds).
+    before_step: called when the gradients of a step are whole and clipped, before they are used.
     state: tensors that change in place while training and are no parameters (moving averages): kept in checkpoints.
     Windows are read in shuffled passes, in an order that depends on the seed alone. The loss goes into the run's log.
     Raises RunError when the loss stops being a number.
@@ -97,7 +99,7 @@ def train(
         parameter.requires_grad_(True)
     with torch.enable_grad():
         trained = _Trained(module, parameters, state, loss)
-        trainer = _trainer(trained, windows[order], settings, bench, what, after_step)
+        trainer = _trainer(trained, windows[order], settings, bench, what, before_step, after_step)
         trainer.train(resume_from_checkpoint=_last_checkpoint(bench.scratch / "training"))
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -127,6 +129,7 @@ def _trainer(
     settings: TrainingSettings,
     bench: Bench,
     what: str,
+    before_step: Callable[[], None] | None,
     after_step: Callable[[], None] | None,
 ) -> Any:
     from torch.utils.data import SequentialSampler
@@ -141,6 +144,11 @@ def _trainer(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             for _done in range(state.global_step + 1):
                 next(self.bar, None)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if before_step is not None:
+                with torch.no_grad():
+                    before_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if after_step is not None:
