@@ -117,7 +117,7 @@ class LLMPruner:
                 counts = [max(0, target - already) for target, already in zip(goal, gone, strict=True)]
                 for layer, kept in zip(chosen, self._kept([s[kind] for s in scores], counts), strict=True):
                     layer.remove(kind, kept)
-        report_removed(layers, self.extent, bench)
+        report_removed(layers, self.sparsity, bench)
         pruned = rebuilt(base, layers)
         recover(pruned, text, self.rank, self.alpha, self.training, bench, "LLM-Pruner recovery")
         return pruned

@@ -480,12 +480,12 @@ def removed_share(layers: Sequence[Layer]) -> float:
     return 1 - left / sum(layer.weights for layer in layers)
 
 
-def report_removed(layers: Sequence[Layer], extent: Extent, bench: Bench) -> None:
+def report_removed(layers: Sequence[Layer], sparsity: float, bench: Bench) -> None:
     """Say what whole units made of the share that was asked for, in the run's log; loudly when they missed it."""
     reached = removed_share(layers)
     bench.log.point("share of the blocks' weights removed", 0, reached)
     for kind in layers[0].units:
         left = sum(layer.units[kind].count for layer in layers)
         bench.log.point(f"{kind} left", 0, left)
-    if abs(reached - float(extent.sparsity)) > 0.01:
-        log.warning("sparsity=%s was asked for, whole units made it %.3f", extent.sparsity, reached)
+    if abs(reached - share_of(sparsity)) > 0.01:
+        log.warning("sparsity=%s was asked for, whole units made it %.3f", sparsity, reached)
