@@ -77,8 +77,8 @@ class LLMPruner:
     aggregate: str = "sum"
     scope: Literal["block", "model"] = "block"
     rounds: int = 1
-    windows: int | None = 10
-    tokens: int | None = 64
+    windows: int | None = None
+    tokens: int | None = None
     rank: int = 8
     alpha: float = 16.0
 
