@@ -56,7 +56,7 @@ NEEDS = {  # of each importance: (gradients, their squares)
 class LLMPruner:
     """Structured pruning by Taylor importance, recovery by adapters.
 
-    sparsity, keep_first, keep_last, heads, fill: how much is removed and where, see `Extent`.
+    sparsity, keep_first, keep_last, heads, fill, round_to: how much is removed and where, see `Extent`.
     importance: "vector" |Σ w g| of a row or column (Equation 3, first order); of single weights (Equation 5, summed):
         "element_first" |w g|, "element_second" |w² F|, "element_mixed" |w g - w² F / 2| with F the mean of squared
         gradients; "l1", "l2" of weights, or "random", as baselines.
@@ -73,6 +73,7 @@ class LLMPruner:
     keep_last: float = 0.0625
     heads: bool = True
     fill: bool = True
+    round_to: int = 1
     importance: Importance = "element_first"
     aggregate: str = "sum"
     scope: Literal["block", "model"] = "block"
@@ -98,7 +99,7 @@ class LLMPruner:
     @property
     def extent(self) -> Extent:
         """How much is removed, and where."""
-        return Extent(self.sparsity, self.keep_first, self.keep_last, self.heads, self.fill)
+        return Extent(self.sparsity, self.keep_first, self.keep_last, self.heads, self.fill, self.round_to)
 
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:

@@ -42,7 +42,7 @@ Importance = Literal["adapter_gradient", "magnitude", "random"]
 class LoRAPrune:
     """Structured pruning during the training of adapters.
 
-    sparsity, keep_first, keep_last, heads, fill: how much is removed and where, see `Extent`.
+    sparsity, keep_first, keep_last, heads, fill, round_to: how much is removed and where, see `Extent`.
     importance: "adapter_gradient" (|Ĝ W|)^power, "magnitude" |W|, both of the weights with what adapters add, or
         "random".
     power: 2 as in the paper, 1 as in its code.
@@ -58,6 +58,7 @@ class LoRAPrune:
     keep_last: float = 0.03125
     heads: bool = True
     fill: bool = True
+    round_to: int = 1
     importance: Importance = "adapter_gradient"
     power: int = 2
     smoothing: float = 0.9
@@ -97,7 +98,7 @@ class LoRAPrune:
     @property
     def extent(self) -> Extent:
         """How much is removed, and where."""
-        return Extent(self.sparsity, self.keep_first, self.keep_last, self.heads, self.fill)
+        return Extent(self.sparsity, self.keep_first, self.keep_last, self.heads, self.fill, self.round_to)
 
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:

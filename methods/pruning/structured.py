@@ -387,6 +387,7 @@ class Extent:
     keep_first, keep_last: shares of the blocks, rounded to whole ones, that are left as they are.
     heads: whether heads are removed, not channels alone.
     fill: channels make up for what whole heads cannot give; without it each kind loses its own share, rounded.
+    round_to: as many channels are left as a multiple of it, the nearest: kernels and groups of a grid may want that.
     """
 
     sparsity: float
@@ -394,9 +395,12 @@ class Extent:
     keep_last: float
     heads: bool
     fill: bool
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         share_of(self.sparsity)
+        if self.round_to < 1:
+            raise ConfigError(f"method.round_to={self.round_to}: must be at least 1")
         for name in ("keep_first", "keep_last"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"method.{name}={getattr(self, name)}: must be at least 0 and less than 1")
@@ -451,6 +455,9 @@ class Extent:
                 f"sparsity={self.sparsity}: {layer.name} would lose all of its {channels} channels; choose a smaller "
                 "sparsity, smaller method.keep_first and keep_last, or method.fill=false"
             )
+        if self.round_to > 1:
+            left = self.round_to * max(1, round((channels - counts["channels"]) / self.round_to))
+            counts["channels"] = max(channels - left, 0)
         return counts
 
 

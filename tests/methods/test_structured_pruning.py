@@ -275,6 +275,14 @@ def test_channels_make_up_for_whole_heads(sparsity, name):
         assert abs(gone - sparsity * layer.weights) <= each["channels"] / 2
 
 
+@pytest.mark.parametrize("round_to", [1, 8, 16, 64])
+def test_widths_are_multiples_where_that_is_asked_for(round_to):
+    layers = layers_of(tiny_model("llama"))
+    for count in Extent(0.3, 0, 0, True, True, round_to).counts(layers):
+        assert (64 - count["channels"]) % round_to == 0
+        assert 0 <= count["channels"] < 64
+
+
 def test_a_share_that_removes_nothing_or_too_much_is_refused():
     layers = layers_of(tiny_model("llama"))
     with pytest.raises(ConfigError, match="removes no head and no channel"):
@@ -302,6 +310,7 @@ def test_bad_sparsity_is_refused_before_anything_is_loaded(method, sparsity):
         (LLMPruner, {"scope": "row"}, "scope=row"),
         (LLMPruner, {"rounds": 0}, "rounds=0"),
         (LLMPruner, {"tokens": 1}, "tokens=1"),
+        (LLMPruner, {"round_to": 0}, "round_to=0"),
         (LLMPruner, {"keep_first": 1.0}, "keep_first=1"),
         (LoRAPrune, {"power": 3}, "power=3"),
         (LoRAPrune, {"smoothing": 1.0}, "smoothing=1"),
