@@ -93,6 +93,7 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    import methods.pruning.uneven  # noqa: F401 registers models of uneven layers with the Auto classes
     from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 

@@ -215,6 +215,7 @@ def _load_folder(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    import methods.pruning.uneven  # noqa: F401 registers models of uneven layers with the Auto classes
     from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 

@@ -6,6 +6,8 @@ compensation of a quantization error by its largest singular vectors (ZeroQuant-
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import ConfigError, RunError
+from methods.blocks import replace_module
 
 FACTOR_TOP = 127  # of 8-bit factors: symmetric, restricted range
 
@@ -165,6 +168,35 @@ class LowRankLinear(nn.Module):
 
     def _own(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+
+
+def add_adapters(
+    root: nn.Module, linears: dict[str, nn.Module], rank: int, alpha: float, dtype: torch.dtype, seed: int
+) -> dict[str, LowRankLinear]:
+    """Put an adapter beside each of the `linears` (dotted name below `root` -> linear), and return them by name.
+
+    The path starts at zero: A = 0, and B uniform as PEFT draws it. α / rank scales it. A matrix whose smaller side is
+    less than `rank` gets that as its rank; one without rows or columns gets none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name, linear in linears.items():
+        width = min(rank, linear.in_features, linear.out_features)
+        if width == 0:
+            continue
+        device = next(itertools.chain(linear.parameters(), linear.buffers())).device
+        left = torch.zeros(linear.out_features, width, device=device)
+        bound = 1 / math.sqrt(linear.in_features)
+        right = torch.empty(width, linear.in_features).uniform_(-bound, bound, generator=generator).to(device)
+        adapters[name] = LowRankLinear.from_factors(linear, left, right, scaling=alpha / rank, dtype=dtype)
+        replace_module(root, name, adapters[name])
+    return adapters
+
+
+def merge_adapters(root: nn.Module, adapters: dict[str, LowRankLinear]) -> None:
+    """Put the plain linears back, each with what its adapter adds."""
+    for name, adapter in adapters.items():
+        replace_module(root, name, adapter.merge())
 
 
 def _eight_bits(factor: Tensor, long: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -81,11 +81,13 @@ def train(
     what: str,
     after_step: Callable[[], None] | None = None,
     state: Sequence[Tensor] = (),
+    before_step: Callable[[], None] | None = None,
     first_step: int = 0,
 ) -> None:
     """Train `parameters` of `module` on token windows [S, T], in place.
 
     loss: (module, ids [B, T]) -> scalar. after_step: called after every optimizer step (masks, bounds).
+    before_step: called when the gradients of a step are whole and clipped, before they are used.
     state: tensors that change in place while training and are no parameters (moving averages): kept in checkpoints.
     first_step: where this training begins on the curve of a method that trains several times.
     Windows are read in shuffled passes, in an order that depends on the seed alone. The loss goes into the run's log.
@@ -99,7 +101,7 @@ def train(
         parameter.requires_grad_(True)
     with torch.enable_grad():
         trained = _Trained(module, parameters, state, loss)
-        trainer = _trainer(trained, windows[order], settings, bench, what, after_step, first_step)
+        trainer = _trainer(trained, windows[order], settings, bench, what, before_step, after_step, first_step)
         trainer.train(resume_from_checkpoint=_last_checkpoint(bench.scratch / "training"))
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -129,6 +131,7 @@ def _trainer(
     settings: TrainingSettings,
     bench: Bench,
     what: str,
+    before_step: Callable[[], None] | None,
     after_step: Callable[[], None] | None,
     first_step: int,
 ) -> Any:
@@ -144,6 +147,11 @@ def _trainer(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             for _done in range(state.global_step + 1):
                 next(self.bar, None)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if before_step is not None:
+                with torch.no_grad():
+                    before_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if after_step is not None:

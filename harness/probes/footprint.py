@@ -58,6 +58,7 @@ class Footprint:
             "effective_bits_per_weight", linear_bits(sizes, description["linears"]), "linears in decoder blocks"
         )
         yield _bits("model_bits_per_weight", 8 * sum(sizes.values()) / parameters, "all parameters")
+        yield Measurement("parameters", parameters, "parameters", "all of the model, tied ones once", "lower")
         dense = f"{parameters * dtype.itemsize} as a dense model; {lm.engine.kernels()}"
         yield _bytes("loaded_weight_bytes", loaded_bytes(lm.module), f"ready to decode, {dtype_name}", dense)
         cache = lm.engine.kv_cache_bytes_per_token(dtype)
@@ -121,7 +122,8 @@ def analytic_kv_bytes_per_token(module: nn.Module, dtype: torch.dtype) -> int:
     config = module.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+    uneven = getattr(config, "uneven_layers", None) or [{}] * config.num_hidden_layers
+    return 2 * sum(layer.get("key_value_heads", heads) for layer in uneven) * width * dtype.itemsize
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:

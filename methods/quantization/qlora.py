@@ -6,15 +6,14 @@ and adapters on every linear of the blocks. The adapters stay adapters: merging 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from harness.errors import ConfigError
-from methods.blocks import block_linears, plain_linears, replace_module
-from methods.low_rank import LowRankLinear
+from methods.blocks import block_linears, plain_linears
+from methods.low_rank import add_adapters
 from methods.quantization.round_to_nearest import RoundToNearest
 from methods.training import TrainingSettings, language_modeling_loss, train
 
@@ -49,18 +48,11 @@ class QLoRA:
                 raise ConfigError(f"method.rank={self.rank}: {name} has {min(linear.weight.shape)} at its smaller side")
         windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
         rounded = RoundToNearest(self.grid).compress(base, bench)
-        generator = torch.Generator().manual_seed(bench.generator.initial_seed())
-        layers = {}
-        for name, layer in block_linears(rounded.module).items():
+        linears = block_linears(rounded.module)
+        for layer in linears.values():
             layer.prepare("scoring", next(rounded.module.parameters()).dtype)  # training reads a dense copy
-            device = layer.weight_packed.device
-            left = torch.zeros(layer.out_features, self.rank, device=device)  # A = 0: step 0 is the base
-            bound = 1 / math.sqrt(layer.in_features)
-            right = torch.empty(self.rank, layer.in_features).uniform_(-bound, bound, generator=generator).to(device)
-            layers[name] = LowRankLinear.from_factors(
-                layer, left, right, scaling=self.alpha / self.rank, dtype=base.storage_dtype
-            )
-            replace_module(rounded.module, name, layers[name])
+        seed = bench.generator.initial_seed()
+        layers = add_adapters(rounded.module, linears, self.rank, self.alpha, base.storage_dtype, seed)
         parameters = [factor for layer in layers.values() for factor in layer.train_factors()]
         train(rounded.module, parameters, windows, language_modeling_loss, self.training, bench, "QLoRA")
         for layer in layers.values():
