@@ -16,6 +16,7 @@ import math
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -39,6 +40,7 @@ PROTOCOL_METRICS = SPEED_METRICS | {"perplexity", "accuracy"}
 SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 LONGEST_TITLE = 32
+MOST_WORDS = 4  # settings in brackets behind a title
 LONGEST_TASK = 12  # characters of a head
 LONGEST_NOTE = 400  # characters of a failure's reason below a table; the CSV file has all
 
@@ -305,19 +307,34 @@ def _labels(records: list[RunRecord]) -> dict[str, str]:
         alike.setdefault((_name(record), _widths(record), str(_sparsity(record))), []).append(record)
     labels = {}
     for same in alike.values():
-        leaves = {record.id: _leaves(record) for record in same}
-        keys = sorted({key for found in leaves.values() for key in found})
-        differing = [key for key in keys if len({str(found.get(key)) for found in leaves.values()}) > 1]
+        apart = _apart({record.id: _leaves(record) for record in same})
         for record in same:
-            apart = [
-                f"{key.rpartition('.')[2]}={leaves[record.id][key]}"
-                for key in differing
-                if leaves[record.id].get(key) is not None
-            ]
-            if len(same) > 1 and not 1 <= len(differing) <= 3:
-                apart = [record.id[:8]]
-            labels[record.id] = _title(record) + (f" ({', '.join(apart)})" if apart else "")
+            words = apart[record.id]
+            if len(words) > MOST_WORDS:
+                words = [record.id[:8]]
+            labels[record.id] = _title(record) + (f" ({', '.join(words)})" if words else "")
     return labels
+
+
+def _apart(leaves: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Record id → "key=value" of what it has and most of the others have not; a key alone where that is clear."""
+    keys = sorted({key for found in leaves.values() for key in found})
+    differing = [key for key in keys if len({str(found.get(key)) for found in leaves.values()}) > 1]
+    differing = [key for key in differing if not key.endswith("._target_")] or differing
+    tails = Counter(key.rpartition(".")[2] for key in differing)
+    usual = {key: Counter(str(found.get(key)) for found in leaves.values()).most_common(1)[0] for key in differing}
+    words: dict[str, list[str]] = {}
+    for record, found in leaves.items():
+        words[record] = []
+        for key in differing:
+            value, count = usual[key]
+            if found.get(key) is None or (str(found[key]) == value and 2 * count > len(leaves)):
+                continue
+            tail = key.rpartition(".")[2]
+            name = tail if tails[tail] == 1 else ".".join(key.split(".")[-2:])
+            words[record].append(f"{name}={found[key]}")
+    said = Counter(map(tuple, words.values()))
+    return {record: own if said[tuple(own)] == 1 else [record[:8]] for record, own in words.items()}
 
 
 def _title(record: RunRecord) -> str:
@@ -336,6 +353,9 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
         if isinstance(value, dict):
             for key, item in value.items():
                 walk(f"{prefix}.{key}", item)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                walk(f"{prefix}.{index}", item)
         else:
             found[prefix] = value
 
