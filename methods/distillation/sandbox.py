@@ -51,7 +51,8 @@ class Outcome:
     """What became of a program.
 
     kind: "value" it returned a number or text; "syntax" it is no Python; "refused" it uses what is not allowed;
-        "error" it raised, or returned something else; "time", "memory", "output" it went over a limit; "killed" it ended itself.
+        "error" it raised, or returned something else; "time", "memory", "output" it went over a limit;
+        "killed" it ended itself.
     error: what a programmer would read, e.g. "NameError: name 'x' is not defined"; empty with a value.
     shut: the layers of the kernel that were in force.
     """

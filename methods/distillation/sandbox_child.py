@@ -55,7 +55,7 @@ SYSTEM_CALLS = {
         0xC00000B7,
         (57, 62, 63, 64, 80, 93, 94, 98, 113, 132, 134, 135, 139, 169, 214, 215, 216, 222, 226, 233, 278),
     ),
-}  # read write close fstat lseek, mmap mprotect munmap brk mremap madvise, rt_sig* sigaltstack futex clocks getrandom exit
+}  # read write close fstat lseek, mmap mprotect munmap brk mremap madvise, rt_sig* sigaltstack futex clocks, exit
 
 
 class Refused(Exception):
