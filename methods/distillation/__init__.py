@@ -1,0 +1,1 @@
+"""Distillation: students that learn from another model's probabilities or words."""
