@@ -392,7 +392,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     scratch.mkdir(parents=True, exist_ok=True)
     learned = TrainingLog(scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
-    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics))
+    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics), Path(cache))
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -414,6 +414,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
         "training_tokens": learned.tokens,
         "spared_seconds": learned.spared_seconds,
+        "counts": dict(learned.counts),
     }
     if not calibrates:
         provenance.pop("calibration")

@@ -1,1 +1,1 @@
-"""Distillation: a small model, the student, learns from a larger one, its teacher."""
+"""Distillation: students that learn from another model's probabilities or words."""
