@@ -7,10 +7,17 @@ of log p(t | q, a*) - ½ log p(t | q, a').
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from harness.decoding import Completion, complete_ids, encode
+from harness.errors import RunError
+
+if TYPE_CHECKING:
+    from harness.method import LanguageModel
 
 
 def contrastive_scores(right: Tensor, wrong: Tensor, strength: float, plausible: float | None = None) -> Tensor:
@@ -27,53 +34,38 @@ def contrastive_scores(right: Tensor, wrong: Tensor, strength: float, plausible:
     return scores.masked_fill(first < bound, -torch.inf)
 
 
-@torch.no_grad()
-def contrastive_continuations(
-    module: nn.Module,
-    right: Sequence[Sequence[int]],
-    wrong: Sequence[Sequence[int]],
+def contrastive_completions(
+    lm: LanguageModel,
+    right: Sequence[str],
+    wrong: Sequence[str],
     new_tokens: int,
-    stops: Callable[[int], bool],
+    stop: Sequence[str],
     strength: float,
     plausible: float | None = None,
-) -> list[list[int]]:
-    """Greedy continuations of the prompts in `right` away from those in `wrong`: token ids, without the stop.
+) -> list[Completion]:
+    """Greedy continuations of the prompts in `right` away from those in `wrong`, in one batch.
 
-    Both prompts of a pair are read once and go on with the same tokens. A continuation ends after `new_tokens`, or
-    where `stops` holds of the likeliest token of the first prompt alone, or of the chosen one.
+    Both prompts of a pair go on with the same tokens. A continuation ends at a stop sequence, where the likeliest
+    token of the first prompt alone ends the text or is (part of) a stop sequence of one token, or after `new_tokens`.
+    Raises RunError for prompts that leave no room for `new_tokens`, and for a model without an end mark.
     """
+    end = lm.tokenizer.eos_token_id
+    if end is None:
+        raise RunError("contrastive decoding ends where the model would: this tokenizer has no end mark")
     pairs = len(right)
-    device = next(module.parameters()).device
-    tokens, attention = _left_padded([*right, *wrong], device)
-    positions = (attention.cumsum(-1) - 1).clamp_min(0)
-    found: list[list[int]] = [[] for _ in range(pairs)]
-    live = torch.ones(pairs, dtype=torch.bool)
-    cache = None
-    for _ in range(new_tokens):
-        read = module(
-            input_ids=tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = read.past_key_values
-        first, second = read.logits[:, -1].split(pairs)
+    stopping: dict[int, bool] = {end: True}
+
+    def stops(token: int) -> bool:
+        if token not in stopping:
+            text = lm.tokenizer.decode([token])
+            stopping[token] = any(mark in text for mark in stop)
+        return stopping[token]
+
+    def choose(logits: Tensor, _step: int) -> Tensor:
+        first, second = logits.split(pairs)
         chosen = contrastive_scores(first, second, strength, plausible).argmax(-1)
-        for row, (plain, token) in enumerate(zip(first.argmax(-1).tolist(), chosen.tolist(), strict=True)):
-            live[row] &= not (stops(plain) or stops(token))
-            if live[row]:
-                found[row].append(token)
-        if not live.any():
-            break
-        tokens = chosen[:, None].repeat(2, 1)
-        attention = torch.cat([attention, attention.new_ones(2 * pairs, 1)], -1)
-        positions = positions[:, -1:] + 1
-    return found
+        ended = torch.tensor([stops(token) for token in first.argmax(-1).tolist()], device=chosen.device)
+        return chosen.masked_fill(ended, end).repeat(2)
 
-
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as ids [B, T] that end together, and 1 where a token stands, 0 on padding."""
-    longest = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention[row, longest - len(prompt) :] = 1
-    return tokens.to(device), attention.to(device)
+    prompts = [encode(lm, prompt, new_tokens) for prompt in (*right, *wrong)]
+    return complete_ids(lm, prompts, [(stop, new_tokens)] * (2 * pairs), new_tokens, choose)[:pairs]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from harness.errors import ConfigError, RunError
+from harness.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,9 +57,9 @@ class Lesson:
 # ---- keep
 
 
-def keep_right(asked: Iterable[tuple[Request, list[Answer]]], rule: AnswerRule, bench: Bench) -> Iterator[
-    tuple[Problem, Answer]
-]:
+def keep_right(
+    asked: Iterable[tuple[Request, list[Answer]]], rule: AnswerRule, bench: Bench
+) -> Iterator[tuple[Problem, Answer]]:
     """Exactly the answers that are right, each with its problem; nothing but the answer is looked at."""
     for request, answers in asked:
         for answer in answers:
@@ -155,7 +155,8 @@ def write(lessons: Iterable[Lesson], lm: LanguageModel, bench: Bench, what: str)
     bench.log.counts["lessons"] += len(places)
     if not places:
         raise RunError(
-            f"{what}: there is nothing to learn from; " + (f"all {seen} lessons are too long" if seen else "no answer was kept")
+            f"{what}: there is nothing to learn from; "
+            + (f"all {seen} lessons are too long" if seen else "no answer was kept")
         )
     return Lessons(path, places, tokens)
 

@@ -6,17 +6,18 @@ A generated program is untrusted text. What stands between it and the machine, f
    as its working directory, no descriptors but three pipes, in a session of its own that is killed whole when the
    program ends or its wall clock runs out; its output is read up to a bound.
 2. `limits`: CPU seconds, address space, no bytes written to files, no new processes, no further descriptors, no core.
-3. `namespaces` (Linux): user, mount, network, name and message namespaces of its own, its root is the empty folder,
-   all privileges dropped.
-4. `system_calls` (Linux on x86-64 and ARM64): a filter of the kernel's under which only memory, clocks, the three
+3. `system_calls` (Linux on x86-64 and ARM64): a filter of the kernel's under which only memory, clocks, the three
    pipes and exit are left. Opening a file, a socket, or a process fails, whatever code runs.
+4. `namespaces` (Linux without 3): user, mount, network, name and message namespaces of its own, its root is the empty
+   folder, all privileges dropped.
 5. `audit`: the interpreter refuses files, sockets, processes, frames and imports.
 6. `language`: a syntax tree of allowed nodes, attributes, names and modules (math, datetime, fractions), and a short
    list of builtins.
 
-Guaranteed on Linux where the kernel grants layer 3 or 4 (both, as a rule; `Outcome.shut` says which): no file can be
-read or written, no network, no process is left behind, and memory, time and output are bounded, even if layers 5 and 6
-were broken. With layer 4 no file at all can be opened, not even in the temporary folder. Where the kernel grants
+Guaranteed on Linux where the kernel grants layer 3 or 4 (`Outcome.shut` says which): no file outside the temporary
+folder can be read or written, no network, no process is left behind, and memory, time and output are bounded, even if
+layers 5 and 6 were broken. With layer 3 no file at all can be opened, not even in the temporary folder.
+Where the kernel grants
 neither (macOS, Windows, a container without both), layers 5 and 6 are no guarantee, because no interpreter ever was a
 safe boundary: programs are then not run at all, unless `kernel_required=False`. macOS does not enforce limits of
 memory; Windows has none of layer 2, and programs are refused there.
@@ -42,7 +43,7 @@ from typing import Literal
 from harness.errors import ConfigError, RunError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
-LAYERS = ("limits", "namespaces", "system_calls", "audit", "language")
+LAYERS = ("limits", "system_calls", "namespaces", "audit", "language")
 Kind = Literal["value", "syntax", "refused", "error", "time", "memory", "output", "killed"]
 
 
@@ -54,7 +55,7 @@ class Outcome:
         "error" it raised, or returned something else; "time", "memory", "output" it went over a limit;
         "killed" it ended itself.
     error: what a programmer would read, e.g. "NameError: name 'x' is not defined"; empty with a value.
-    shut: the layers of the kernel that were in force.
+    shut: the layer of the kernel that was in force.
     """
 
     kind: Kind

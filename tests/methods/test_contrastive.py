@@ -5,57 +5,53 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.distillation.contrastive import contrastive_continuations, contrastive_scores
-from tests.harness.tiny_models import causal_model, token_ids
+from harness.decoding import complete
+from harness.progress import NoProgress
+from methods.distillation.contrastive import contrastive_completions, contrastive_scores
+from tests.harness.tiny_models import language_model
 
-END = 256
-
-
-def greedy(module, prompt, new_tokens):
-    tokens = torch.tensor([prompt])
-    for _ in range(new_tokens):
-        tokens = torch.cat([tokens, module(input_ids=tokens).logits[:, -1].argmax(-1, keepdim=True)], -1)
-    return tokens[0, len(prompt) :].tolist()
+PROMPTS = ["Why?", "A longer prompt, why?", "Q: why\nA:"]
+OTHERS = ["Why not?", "Q: because\nA:", "Never."]
 
 
 @pytest.fixture(scope="module")
-def module():
-    return causal_model(seed=1).eval()
+def lm():
+    return language_model(seed=1)
 
 
-def prompts(seed):
-    return [row[: 5 + 3 * i].tolist() for i, row in enumerate(token_ids(3, 12, seed))]
+def texts(lm, right, wrong, new_tokens=6, stop=(), strength=0.5):
+    return [each.text for each in contrastive_completions(lm, right, wrong, new_tokens, stop, strength)]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("strength", [0.0, 0.5, 0.9])
-def test_the_same_prompt_twice_is_plain_greedy_decoding(module, strength):
+def test_the_same_prompt_twice_is_plain_greedy_decoding(lm, strength):
     """log p - λ log p = (1 - λ) log p: the order does not change while λ < 1."""
-    right = prompts(0)
-    found = contrastive_continuations(module, right, right, 6, lambda token: False, strength)
-    assert found == [greedy(module, prompt, 6) for prompt in right]
+    assert texts(lm, PROMPTS, PROMPTS, strength=strength) == complete(lm, PROMPTS, 6, (), 3, NoProgress())
+
+
+def test_no_strength_is_plain_greedy_decoding_whatever_the_other_prompt(lm):
+    assert texts(lm, PROMPTS, OTHERS, strength=0.0) == complete(lm, PROMPTS, 6, (), 3, NoProgress())
 
 
 @torch.no_grad()
-def test_no_strength_is_plain_greedy_decoding_whatever_the_other_prompt(module):
-    right, wrong = prompts(0), prompts(1)[::-1]
-    found = contrastive_continuations(module, right, wrong, 6, lambda token: False, 0.0)
-    assert found == [greedy(module, prompt, 6) for prompt in right]
-
-
-@torch.no_grad()
-def test_batched_and_cached_equals_the_definition(module):
-    """Each token by two whole forward passes of unpadded prompts."""
-    right, wrong = prompts(0), prompts(1)[::-1]
-    found = contrastive_continuations(module, right, wrong, 5, lambda token: False, 0.5)
-    for a, b, tokens in zip(right, wrong, found, strict=True):
+def test_batched_and_cached_equals_the_definition(lm):
+    """Each token by two whole forward passes of unpadded prompts, scored by the paper's sum."""
+    found = contrastive_completions(lm, PROMPTS, OTHERS, 5, (), 0.5)
+    for a, b, completion in zip(PROMPTS, OTHERS, found, strict=True):
         grown: list[int] = []
         for _ in range(5):
             first, second = (
-                module(input_ids=torch.tensor([p + grown])).logits[0, -1].double().softmax(-1) for p in (a, b)
+                lm.module(input_ids=torch.tensor([lm.tokenizer(p)["input_ids"] + grown])).logits[0, -1].double()
+                for p in (a, b)
             )
-            grown.append(int((first.log() + (first.log() - second.log())).argmax()))  # the paper's sum
-        assert tokens == grown
+            first, second = first.log_softmax(-1), second.log_softmax(-1)
+            if first.argmax() == lm.tokenizer.eos_token_id:
+                break
+            token = int((first + (first - second)).argmax())
+            if token == lm.tokenizer.eos_token_id:
+                break
+            grown.append(token)
+        assert list(completion.ids) == grown
 
 
 def test_scores_follow_a_law_that_factorises():
@@ -78,12 +74,16 @@ def test_only_plausible_tokens_are_left():
     assert torch.equal(scores[plausible], free[plausible])
 
 
-@torch.no_grad()
-def test_a_continuation_ends_before_a_stop_of_either_kind(module):
-    right, wrong = prompts(0), prompts(1)
-    free = contrastive_continuations(module, right, wrong, 8, lambda token: False, 0.5)
-    stop = free[0][3]
-    cut = contrastive_continuations(module, right, wrong, 8, lambda token: token == stop, 0.5)
-    assert len(cut[0]) <= 3
-    assert cut[0] == free[0][: len(cut[0])]
-    assert stop not in [token for row in cut for token in row]
+def test_a_continuation_ends_before_a_stop_of_either_kind(lm):
+    free = contrastive_completions(lm, PROMPTS, OTHERS, 8, (), 0.5)
+    longest = max(range(3), key=lambda row: len(free[row].ids))
+    mark = lm.tokenizer.decode([free[longest].ids[-1]])
+    cut = texts(lm, PROMPTS, OTHERS, 8, (mark,))
+    assert all(mark not in text for text in cut)
+    assert all(full.text.startswith(text) for full, text in zip(free, cut, strict=True))
+    assert len(cut[longest]) < len(free[longest].text)
+
+
+def test_where_the_plain_prompt_would_stop_the_contrasted_one_does(lm):
+    plain = complete(lm, PROMPTS[:1], 1, (), 1, NoProgress())[0]
+    assert texts(lm, PROMPTS[:1], OTHERS[:1], 8, (plain,)) == [""]
