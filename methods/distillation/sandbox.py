@@ -2,12 +2,12 @@
 
 A generated program is untrusted text. What stands between it and the machine, from the outside in:
 
-1. `process`: a new interpreter for every program (`python -I -S`) with an empty environment, an empty temporary folder
-   as its working directory, no descriptors but three pipes, in a session of its own that is killed whole when the
-   program ends or its wall clock runs out; its output is read up to a bound.
+1. `process`: a process for every program, forked from an interpreter (`python -I -S`) with an empty environment, an
+   empty temporary folder as its working directory and a session of its own. It has a pipe for its answer, which is
+   read up to a bound, and is killed when it has answered or its wall clock runs out; the session is killed in the end.
 2. `limits`: CPU seconds, address space, no bytes written to files, no new processes, no further descriptors, no core.
-3. `system_calls` (Linux on x86-64 and ARM64): a filter of the kernel's under which only memory, clocks, the three
-   pipes and exit are left. Opening a file, a socket, or a process fails, whatever code runs.
+3. `system_calls` (Linux on x86-64 and ARM64): a filter of the kernel's under which only memory, clocks, its
+   pipe and exit are left. Opening a file, a socket, or a process fails, whatever code runs.
 4. `namespaces` (Linux without 3): user, mount, network, name and message namespaces of its own, its root is the empty
    folder, all privileges dropped.
 5. `audit`: the interpreter refuses files, sockets, processes, frames and imports.
@@ -35,25 +35,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from harness.errors import ConfigError, RunError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
+GRACE_SECONDS = 20  # for the interpreter itself on a busy machine
 LAYERS = ("limits", "system_calls", "namespaces", "audit", "language")
-Kind = Literal["value", "syntax", "refused", "error", "time", "memory", "output", "killed"]
+Kind = Literal["value", "nothing", "syntax", "refused", "error", "time", "memory", "output", "killed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of a program.
 
-    kind: "value" it returned a number or text; "syntax" it is no Python; "refused" it uses what is not allowed;
-        "error" it raised, or returned something else; "time", "memory", "output" it went over a limit;
-        "killed" it ended itself.
+    kind: "value" it returned a number or text; "nothing" it ran and returned nothing; "syntax" it is no Python;
+        "refused" it uses what is not allowed; "error" it raised, or returned something else; "time", "memory",
+        "output" it went over a limit; "killed" it ended itself.
     error: what a programmer would read, e.g. "NameError: name 'x' is not defined"; empty with a value.
     shut: the layer of the kernel that was in force.
     """
@@ -93,88 +93,108 @@ class Sandbox:
 
         Raises RunError where the kernel offers no isolation and `kernel_required` is set.
         """
-        return execute(source, self, LAYERS)
+        return next(self.run_all([source]))
 
-    def run_all(self, sources: Iterable[str], workers: int = 1) -> Iterator[Outcome]:
-        """Outcomes in the order of the programs, `workers` of them at a time."""
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(self.run, sources)
+    def run_all(self, sources: Iterable[str]) -> Iterator[Outcome]:
+        """`run` of each program, as they come; they know nothing of each other."""
+        yield from execute(sources, self, LAYERS)
 
 
-def execute(source: str, sandbox: Sandbox, layers: tuple[str, ...]) -> Outcome:
-    """`Sandbox.run` behind chosen layers only: what each of them is worth can be tested with the others open."""
+def execute(sources: Iterable[str], sandbox: Sandbox, layers: tuple[str, ...]) -> Iterator[Outcome]:
+    """`Sandbox.run_all` behind chosen layers only: what each is worth can be tested with the others open."""
     if os.name != "posix":
         raise RunError("programs of a model are run on Linux and macOS only: this system limits no process")
-    if len(source.encode("utf-8", "replace")) > sandbox.source_bytes:
-        return Outcome("refused", error=f"the program is longer than {sandbox.source_bytes} bytes")
-    request = {
-        "source": source,
+    most = 8 * sandbox.output_bytes + 8192
+    limits = {"cpu_seconds": sandbox.cpu_seconds, "memory_bytes": sandbox.memory_bytes}
+    common = {
         "layers": layers,
-        "limits": {"cpu_seconds": sandbox.cpu_seconds, "memory_bytes": sandbox.memory_bytes},
+        "limits": limits,
         "output_bytes": sandbox.output_bytes,
+        "most_bytes": most,
+        "wall_seconds": sandbox.wall_seconds,
         "kernel_required": sandbox.kernel_required,
     }
-    with tempfile.TemporaryDirectory(prefix="program-") as folder:
-        status, text = _start(
-            json.dumps(request).encode(), folder, sandbox.wall_seconds, 8 * sandbox.output_bytes + 8192
-        )
-    return _outcome(status, text)
-
-
-def _start(request: bytes, folder: str, wall_seconds: float, most: int) -> tuple[int | None, bytes]:
-    """Exit status (None: the clock ran out) and what was written, of a process group that is dead afterwards."""
-    deadline = time.monotonic() + wall_seconds
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(CHILD)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={},
-        cwd=folder,
-        start_new_session=True,
-        close_fds=True,
-    )
-    text = b""
+    server: _Server | None = None
     try:
-        with contextlib.suppress(BrokenPipeError):  # it died before it read: its status says why
-            process.stdin.write(request)
-            process.stdin.close()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return None, text
-                piece = os.read(process.stdout.fileno(), 65536)
-                if not piece:
-                    break
-                text += piece
-                if len(text) > most:
-                    return 1, b""
-        return process.wait(max(0.0, deadline - time.monotonic())), text
-    except subprocess.TimeoutExpired:
-        return None, text
+        for source in sources:
+            if len(source.encode("utf-8", "replace")) > sandbox.source_bytes:
+                yield Outcome("refused", error=f"the program is longer than {sandbox.source_bytes} bytes")
+                continue
+            server = server or _Server()
+            found = server.ask({"source": source} | common, sandbox.wall_seconds + GRACE_SECONDS, 8 * most)
+            if found is None:  # a program ended it, or kept it from answering: the next one gets another
+                server.close()
+                server = None
+                yield Outcome("killed", error="the program ended the interpreter that runs it")
+                continue
+            yield _outcome(found["status"], found["text"])
     finally:
+        if server is not None:
+            server.close()
+
+
+class _Server:
+    """The interpreter that programs are forked from, in a session of its own."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="program-")
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd=self._folder.name,
+            start_new_session=True,
+            close_fds=True,
+        )
+
+    def ask(self, request: dict[str, Any], seconds: float, most: int) -> dict[str, Any] | None:
+        """Its answer to a request; None when it ended, took too long or wrote something else."""
+        deadline, line = time.monotonic() + seconds, b""
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._process.stdout, selectors.EVENT_READ)
+                while not line.endswith(b"\n"):
+                    if not selector.select(max(0.0, deadline - time.monotonic())) or len(line) > most:
+                        return None
+                    piece = os.read(self._process.stdout.fileno(), 65536)
+                    if not piece:
+                        return None
+                    line += piece
+            found = json.loads(line)
+        except (BrokenPipeError, ValueError):
+            return None
+        return found if isinstance(found, dict) and set(found) == {"status", "text"} else None
+
+    def close(self) -> None:
+        """Kill its whole session, so that nothing stays behind, and remove the folder."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its session's, so that nothing stays behind
-        process.wait()
-        process.stdout.close()
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._folder.cleanup()
 
 
-def _outcome(status: int | None, text: bytes) -> Outcome:
-    """What the child's exit and its line mean."""
-    if status is None or status in (-signal.SIGXCPU, -signal.SIGKILL):
+def _outcome(status: int | None, text: str) -> Outcome:
+    """What a program's exit and its line mean."""
+    if status in (None, -signal.SIGXCPU) or (status == -signal.SIGKILL and not text):
         return Outcome("time", error="TimeoutError: the program took too long")
     lines = text.splitlines()
     try:
-        found = json.loads(lines[0]) if status == 0 and len(lines) == 1 else None
+        found = json.loads(lines[0]) if len(lines) == 1 else None
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        return Outcome("killed", error=f"the program ended the interpreter (status {status})")
+        return Outcome("killed", error="the program ended without an answer")
     if found["kind"] == "unprotected":
         raise RunError(
             f"{found['error']}, so programs that a model wrote are not run here; run on Linux outside of a container "
-            "that forbids both, or set method.sandbox.kernel_required=false for programs that you trust"
+            "that forbids both, or set method.decoding.sandbox.kernel_required=false for programs that you trust"
         )
     value = found.get("value")
     if found["kind"] == "value":

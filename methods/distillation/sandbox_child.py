@@ -1,8 +1,9 @@
-"""What runs inside the sandbox: shuts every door behind itself, then checks and runs one program.
+"""What runs inside the sandbox: a process for each program, which shuts every door behind itself and then runs it.
 
 Started as a script by `methods.distillation.sandbox`, with `-I -S`, an empty environment, in an empty folder; it
-imports the standard library only. Reads a request from standard input, writes one line of JSON to standard output.
-Everything that a program may import is loaded before the doors are shut.
+imports the standard library only. Reads a request a line from standard input, answers each with a line of JSON. A
+program runs in a fork, which has a pipe of its own and none of the other requests. Everything that a program may
+import is loaded before the doors are shut.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import json
 import math
 import os
 import platform
+import select
+import signal
 import sys
+import time
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -216,6 +220,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         sys.addaudithook(deny_events)
     try:
         value = run(code, builtins)
+        if value is None:
+            return {"kind": "nothing", "error": "the program returns nothing"}
         if isinstance(value, fractions.Fraction):
             value = float(value)
         if not isinstance(value, (bool, int, float, str)):
@@ -239,9 +245,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"kind": "error", "error": f"{type(error).__name__}: {error}"}
 
 
-def main() -> None:
-    """Read the request, shut the doors, answer."""
-    request = json.loads(sys.stdin.buffer.read())
+def shut_and_answer(request: dict[str, Any]) -> None:
+    """In the fork: shut the doors, run the program, write the answer to standard output, end."""
     libc = ctypes.CDLL(None, use_errno=True)
     if "limits" in request["layers"]:
         limit_resources(request["limits"])
@@ -256,9 +261,47 @@ def main() -> None:
         found = answer(request)
     if "error" in found:
         found["error"] = found["error"][:500]
-    line = json.dumps(found | {"shut": shut}).encode()
-    os.write(1, line + b"\n")
-    os._exit(0)  # no handlers of the program's run at exit
+    os.write(1, json.dumps(found | {"shut": shut}).encode() + b"\n")
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Run one program in a fork: its exit status (null: the clock ran out), and what it wrote, up to a bound."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)  # the requests of others are not its own
+            os.dup2(writing, 1)
+            os.closerange(3, max(nothing, reading, writing) + 1)
+            shut_and_answer(request)
+        finally:
+            os._exit(0)  # no handlers of the program's run at exit
+    os.close(writing)
+    deadline, text, timed_out = time.monotonic() + request["wall_seconds"], b"", False
+    while len(text) <= request["most_bytes"]:
+        ready, _, _ = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            timed_out = True
+            break
+        piece = os.read(reading, 65536)
+        if not piece:
+            break
+        text += piece
+    os.kill(process, signal.SIGKILL)  # it is not waited for yet, so this is no one else's number
+    _, status = os.waitpid(process, 0)
+    os.close(reading)
+    code = None if timed_out else os.waitstatus_to_exitcode(status)
+    if len(text) > request["most_bytes"]:
+        code, text = 1, b""
+    return {"status": code, "text": text.decode("utf-8", "replace")}
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    for line in sys.stdin.buffer:
+        sys.stdout.write(json.dumps(serve(json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_odd_numbers_of_annotations_are_numbers_of_python():
     not (GSM8K / "train/gsm8k/train.jsonl").exists(), reason="BENCHMARK_DATA names no folder with GSM8K"
 )
 @pytest.mark.parametrize(
-    ("file", "without", "right"), [("train/gsm8k/train.jsonl", 95, 7001), ("eval/gsm8k/test.jsonl", 18, 1208)]
+    ("file", "without", "right"), [("train/gsm8k/train.jsonl", 95, 6999), ("eval/gsm8k/test.jsonl", 18, 1208)]
 )
 def test_how_many_solutions_of_gsm8k_are_programs(file, without, right):
     """Evaluated here, not in the sandbox: these are sums of people, checked to be sums first."""

@@ -11,11 +11,17 @@ import pytest
 
 from harness.errors import ConfigError, RunError
 from methods.distillation import sandbox
-from methods.distillation.sandbox import LAYERS, Sandbox, execute
+from methods.distillation.sandbox import LAYERS, Outcome, Sandbox
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="programs are run on Linux and macOS only")
 BOX = Sandbox(cpu_seconds=1, wall_seconds=8)
 OPEN = Sandbox(kernel_required=False)
+
+
+def execute(program: str, box: Sandbox, layers: tuple[str, ...]) -> Outcome:
+    return next(sandbox.execute([program], box, layers))
+
+
 KERNEL = (
     {name for layer in ("system_calls", "namespaces") for name in execute("answer = 1", OPEN, (layer,)).shut}
     if sys.platform == "linux"
@@ -257,7 +263,7 @@ def test_programs_are_not_run_without_a_kernel_that_isolates():
 
 
 def test_outcomes_come_in_the_order_of_the_programs():
-    outcomes = list(BOX.run_all([f"answer = {i}" for i in range(6)], workers=3))
+    outcomes = list(BOX.run_all(f"answer = {i}" for i in range(6)))
     assert [outcome.value for outcome in outcomes] == list(range(6))
 
 
