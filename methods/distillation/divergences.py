@@ -110,8 +110,9 @@ def token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """float32 log-softmax, [..., V] -> [..., V]; minus infinity becomes a finite number whose exponential is 0."""
-    return (logits.float() / temperature).log_softmax(-1).clamp(min=IMPOSSIBLE)
+    """Log-softmax in float32 at least, [..., V] -> [..., V]; minus infinity becomes a number whose exponential is 0."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).log_softmax(-1).clamp(min=IMPOSSIBLE)
 
 
 def same_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
