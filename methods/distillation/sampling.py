@@ -30,15 +30,18 @@ class Sampling:
     new_tokens: most of a response, its end mark among them; one that is cut off here has none, and is kept.
     temperature: of softmax(logits / temperature); 0 takes the likeliest token.
     top_p: the likeliest tokens that together have this probability are drawn from; 1 keeps all.
+    batch_size: prompts that are continued side by side where many are.
     """
 
     new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1:
-            raise ConfigError(f"sampling.new_tokens={self.new_tokens}: must be at least 1")
+        for name in ("new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sampling.{name}={getattr(self, name)}: must be at least 1")
         if not self.temperature >= 0:
             raise ConfigError(f"sampling.temperature={self.temperature}: must be 0 (likeliest token) or greater")
         if not 0 < self.top_p <= 1:
