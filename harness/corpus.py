@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness import wheels
 from harness.errors import ConfigError, RunError
+from harness.json_lines import ENDINGS, json_rows
 
 if TYPE_CHECKING:
     import torch
@@ -76,16 +77,25 @@ class Corpus:
 
         Raises RunError when the text is shorter than one window.
         """
+        return self.training_windows(tokenizer, generator, self.samples, self.window)
+
+    def training_windows(
+        self, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, samples: int, window: int
+    ) -> torch.Tensor:
+        """Token ids [samples, window] of the calibration text for methods that train on more than they calibrate on.
+
+        Raises RunError when the text is shorter than one window.
+        """
         import torch
 
         tokens = self._tokens(tokenizer, self.calibration, "calibration")
-        if len(tokens) <= self.window:
+        if len(tokens) <= window:
             raise RunError(
                 f"{self.calibration.name}: the calibration text has {len(tokens)} tokens, less than one window of "
-                f"{self.window}; use a longer text or a smaller calibration.window"
+                f"{window}; use a longer text or a smaller calibration.window"
             )
-        starts = torch.randint(len(tokens) - self.window, (self.samples,), generator=generator)
-        return tokens[starts[:, None] + torch.arange(self.window)]
+        starts = torch.randint(len(tokens) - window, (samples,), generator=generator)
+        return tokens[starts[:, None] + torch.arange(window)]
 
     def evaluation_tokens(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Token ids [N] of the evaluation text, joined and tokenized once."""
@@ -152,7 +162,7 @@ class WikipediaSample:
 
 @dataclass(frozen=True)
 class TextFile:
-    """Any UTF-8 text file, or .jsonl with one document a line in the field `text`.
+    """Any UTF-8 text file, or .jsonl (.jsonl.xz) with one document a line in the field `text`.
 
     A plain text is split into documents at blank lines; `split` "all" gives the whole file to whichever side asks
     (for official test files), "every_fourth" shares it out.
@@ -186,25 +196,22 @@ class TextFile:
 
     def _read(self) -> list[str]:
         path = Path(self.path)
+        if path.name.endswith(ENDINGS):
+            return list(_texts(path))
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RunError(f"{path} is not UTF-8 text: {error}") from error
-        if path.suffix == ".jsonl":
-            return list(_json_lines(path, text))
         if self.split == "all":
             return [text]  # an official file is read as it is, rows and blank lines included
         return [part for part in text.split("\n\n") if part.strip()]
 
 
-def _json_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f'{path}, line {number}: expected a JSON object with a field "text" ({error})') from error
+def _texts(path: Path) -> Iterator[str]:
+    for number, row in enumerate(json_rows(path), 1):
+        if not isinstance(row.get("text"), str):
+            raise RunError(f'{path}, document {number}: expected a JSON object with a field "text"')
+        yield row["text"]
 
 
 @dataclass(frozen=True)
