@@ -196,7 +196,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
     swept. A method that does not calibrate does not depend on calibration settings.
     """
-    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "seed")}
     corpus = _by_content(config["corpus"])
     for section in ("model", "method", "evaluation"):
         kept[section] = _by_content(config[section])

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 
-from harness.decoding import Sampler, complete_ids, encode
+from harness.decoding import complete_ids, encode
 from harness.errors import ConfigError, RunError
 from harness.json_lines import Broken, numbered_rows, pass_over
 from harness.problems import Problem
+from methods.distillation.sampling import distribution, draw
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -245,7 +246,7 @@ class EngineTeacher:
                     [encoded[place] for place in some],
                     [(sampling.stop, sampling.new_tokens)] * len(some),
                     sampling.new_tokens,
-                    Sampler(sampling.temperature, sampling.top_p, _uniforms(chosen)) if sampling.temperature else None,
+                    drawing(sampling, _uniforms(chosen)) if sampling.temperature else None,
                     sampling.top_logprobs,
                 )
                 for place, completion in zip(some, written, strict=True):
@@ -262,6 +263,15 @@ class EngineTeacher:
             messages = [{"role": "user", "content": prompt}]
             prompt = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode(lm, prompt, request.sampling.new_tokens)
+
+
+def drawing(sampling: Sampling, uniforms: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Chooses tokens by numbers in [0, 1): (logits [B, V], step) -> ids [B]; numbers [B, T]."""
+
+    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+        return draw(distribution(logits.float(), sampling), uniforms[:, step].to(logits.device))
+
+    return choose
 
 
 def _by_text(lm: LanguageModel, ids: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
