@@ -40,30 +40,6 @@ class Completion:
     top: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Draws each token from its distribution at a temperature, cut to the likeliest `top_p`; 0 takes the likeliest.
-
-    uniforms: numbers in [0, 1) that decide, [B, T]: a row's words depend on its own numbers, not on its neighbours.
-    """
-
-    temperature: float
-    top_p: float
-    uniforms: Tensor
-
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """Logits [B, V] of a step -> ids [B]."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        shares, order = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
-        total = shares.cumsum(-1)
-        kept = total - shares < self.top_p  # the token that crosses the bound stays in
-        total = (shares * kept).cumsum(-1)
-        wanted = self.uniforms[:, step].to(total.device)[:, None] * total[:, -1:]
-        place = (total <= wanted).sum(-1, keepdim=True).clamp(max=total.shape[1] - 1)
-        return order.gather(1, place)[:, 0]
-
-
 @torch.inference_mode()
 def complete_ids(
     lm: LanguageModel,

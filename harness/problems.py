@@ -7,10 +7,8 @@ training split. Rows are read one by one, and a row that cannot be read is repor
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,11 +17,10 @@ from typing import Any, Literal, Protocol
 
 from harness.answers import AnswerRule, evaluate_equation, rule_named
 from harness.errors import ConfigError, RunError
+from harness.json_lines import Broken, numbered_rows, pass_over
 
 Split = Literal["train", "test"]
-Broken = Literal["refuse", "skip"]
 TEST_EVERY = 5  # one question in five is asked where a file has no splits of its own
-CHUNK = 2**16  # characters read at a time
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class TaskProblems:
     """Questions of a known data set, from files of the user's or from the hub.
 
     form: how a row is read, one of FORMS. answers: the name of the rule that reads its answers.
-    path: rows to teach on, JSON Lines or a JSON array. test_path: rows to ask; without one, rows of `path` that say
+    path: rows to teach on, .jsonl, .jsonl.xz or a .json array. test_path: rows to ask; without one, rows of `path` with
         "split": "test", else every fifth question, chosen by its text.
     repository, configuration, train, test: where the hub has it, with the names of its splits.
     limit: only so many training questions, the first ones.
@@ -210,7 +207,7 @@ class TaskProblems:
             yield from (problem for _, problem in self._formed(self._hub_rows(split), self.repository))
             return
         own = self.test_path if split == "test" and self.test_path else self.path
-        for row, problem in self._formed(rows(Path(own), self.broken), own):
+        for row, problem in self._formed(numbered_rows(Path(own), self.broken), own):
             if self.test_path or _split_of(row, problem) == split:
                 yield problem
 
@@ -219,7 +216,7 @@ class TaskProblems:
             try:
                 problem = FORMS[self.form](row)
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                complain(place, number, f"no row of {self.form} ({type(error).__name__}: {error})", self.broken)
+                pass_over(place, number, f"no row of {self.form} ({type(error).__name__}: {error})", self.broken)
                 continue
             yield row, problem
 
@@ -323,70 +320,3 @@ FORMS: dict[str, Callable[[dict[str, Any]], Problem]] = {
     "strategyqa": _strategyqa,
     "question_answer": _question_answer,
 }
-
-
-# ---- data files
-
-
-def rows(path: Path, broken: Broken = "refuse") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of every object in a data file, read as it goes: JSON Lines, or one JSON array in a .json file.
-
-    A line that is no JSON object is reported with its number: broken="refuse" raises RunError, "skip" goes on. An
-    array cannot be read past what is wrong with it: RunError either way.
-    """
-    if path.suffix == ".json":
-        yield from _array(path)
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                complain(str(path), number, f"not JSON ({error})", broken)
-                continue
-            if not isinstance(row, dict):
-                complain(str(path), number, f"no JSON object but {type(row).__name__}", broken)
-                continue
-            yield number, row
-
-
-def complain(place: str, number: int, what: str, broken: Broken) -> None:
-    """A row that cannot be used: RunError, or a line on the terminal that names it."""
-    if broken == "refuse":
-        raise RunError(f"{place}, line {number}: {what}; mend it, or leave such rows out with broken=skip")
-    print(f"{place}, line {number}: left out, {what}", file=sys.stderr, flush=True)
-
-
-def _array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a JSON array with the lines that they begin on; one object is in memory at a time."""
-    decoder, held, line, opened = json.JSONDecoder(), "", 1, False
-    with path.open(encoding="utf-8") as text:
-        while True:
-            more = text.read(CHUNK)
-            held += more
-            while True:
-                rest = held.lstrip(" \t\r\n" + ("," if opened else "["))
-                if not opened and held.strip() and held.lstrip()[0] != "[":
-                    raise RunError(f"{path}: a .json file must hold one array; use .jsonl for a row a line")
-                opened = opened or len(rest) < len(held.lstrip())
-                line += held.count("\n", 0, len(held) - len(rest))
-                held = rest
-                if not held or held[0] == "]":
-                    break
-                try:
-                    row, end = decoder.raw_decode(held)
-                except ValueError as error:
-                    if more:
-                        break  # the rest of the object is not read yet
-                    raise RunError(f"{path}, line {line}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise RunError(f"{path}, line {line}: no JSON object but {type(row).__name__}")
-                yield line, row
-                line += held.count("\n", 0, end)
-                held = held[end:]
-            if held.startswith("]"):
-                return
-            if not more:
-                raise RunError(f"{path}: the array does not end; the file was cut off")

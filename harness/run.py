@@ -196,9 +196,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
     swept. A method that does not calibrate does not depend on calibration settings.
     """
-    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "seed")}
     corpus = _by_content(config["corpus"])
-    kept["model"] = _by_content(config["model"])
+    for section in ("model", "method", "evaluation"):
+        kept[section] = _by_content(config[section])
     kept["calibration"] = config["calibration"]
     if not config["card"].get("calibrates", True):
         corpus.pop("calibration", None)
@@ -216,7 +217,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         if isinstance(value, dict):
             kept[key] = _by_content(value)
-        elif key == "path" and value and Path(value).exists():
+        elif (key == "path" or key.endswith("_path")) and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
         elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value

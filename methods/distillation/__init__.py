@@ -1,1 +1,1 @@
-"""Distillation: students that learn from another model's probabilities or words."""
+"""Distillation: a small model, the student, learns from a larger one, its teacher."""

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from harness.errors import RunError
+from harness.errors import ConfigError, RunError
+from methods.distillation.students import settled
+from methods.examples import Batch, Example, padding_id, tokenized
+from methods.training import language_modeling_loss, train
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Generator, nn
     from transformers import PreTrainedTokenizerBase
 
     from harness.answers import AnswerRule
@@ -26,8 +30,7 @@ if TYPE_CHECKING:
     from harness.problems import Problem
     from methods.distillation.students import Student
     from methods.distillation.text_teachers import Answer, Request
-    from methods.examples import Batch, Example
-    from methods.training import TrainingSettings
+    from methods.training import Prepare, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def keep_right(
 class Lessons(Sequence[Lesson]):
     """Lessons in a file, read one by one; in memory are the places where they begin, eight bytes each.
 
-    tokens: of prompts and responses, by view.
+    tokens: of all responses, by view.
     """
 
     def __init__(self, path: Path, places: array[int], tokens: dict[str, int]) -> None:
@@ -106,7 +109,13 @@ class Lessons(Sequence[Lesson]):
         return _Examples(self, tokenizer, view)
 
 
-class _Examples(Sequence["Example"]):
+def encoded(lesson: Lesson, view: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """A view of a lesson as token ids."""
+    example = tokenized(tokenizer, lesson.views[view].prompt, lesson.views[view].response)
+    return replace(example, weight=lesson.weight)
+
+
+class _Examples(Sequence[Example]):
     def __init__(self, lessons: Lessons, tokenizer: PreTrainedTokenizerBase, view: str | None) -> None:
         self._lessons, self._tokenizer, self._view = lessons, tokenizer, view
 
@@ -115,79 +124,66 @@ class _Examples(Sequence["Example"]):
 
     def __getitem__(self, index: int) -> Example:
         lesson = self._lessons[index]
-        return encoded(lesson.views[self._view or next(iter(lesson.views))], lesson.weight, self._tokenizer)
+        return encoded(lesson, self._view or next(iter(lesson.views)), self._tokenizer)
 
 
-def encoded(view: View, weight: float, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A view as token ids: the prompt as a decoder reads it, the response with an end mark."""
-    from methods.examples import Example
-
-    prompt = tokenizer(view.prompt, verbose=False)["input_ids"]
-    response = tokenizer(view.response, add_special_tokens=False, verbose=False)["input_ids"]
-    return Example(prompt, [*response, tokenizer.eos_token_id], weight)
-
-
-def write(lessons: Iterable[Lesson], lm: LanguageModel, bench: Bench, what: str) -> Lessons:
+def write(lessons: Iterable[Lesson], lm: LanguageModel, bench: Bench, what: str = "lessons") -> Lessons:
     """Write lessons to disk as they come.
 
     lm: whoever learns them: lessons longer than its context are left out and counted.
     Raises RunError when there are none.
     """
-    longest = getattr(lm.engine, "context_tokens", None)
+    longest = getattr(lm.engine, "context_tokens", None) or float("inf")
     path = bench.scratch / f"{what.replace(' ', '-')}.jsonl"
-    places, tokens, seen = array("q"), {}, 0
+    places, tokens, counts = array("q"), Counter(), bench.log.counts
     with path.open("wb") as file:
         for lesson in lessons:
-            seen += 1
-            lengths = {}
-            for name, view in lesson.views.items():
-                example = encoded(view, lesson.weight, lm.tokenizer)
-                lengths[name] = len(example.prompt) + len(example.response)
-            if longest is not None and max(lengths.values()) > longest:
-                bench.log.counts["lessons too long"] += 1
+            examples = {name: encoded(lesson, name, lm.tokenizer) for name in lesson.views}
+            if max(map(len, examples.values())) > longest:
+                counts[f"{what} too long"] += 1
                 continue
-            for name, length in lengths.items():
-                tokens[name] = tokens.get(name, 0) + length
+            tokens.update({name: len(example.response) for name, example in examples.items()})
             places.append(file.tell())
             views = {name: [view.prompt, view.response] for name, view in lesson.views.items()}
             row = {"problem": lesson.problem, "weight": lesson.weight, "views": views}
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    bench.log.counts["lessons"] += len(places)
+    counts[what] += len(places)
     if not places:
+        too_long = counts[f"{what} too long"]
         raise RunError(
-            f"{what}: there is nothing to learn from; "
-            + (f"all {seen} lessons are too long" if seen else "no answer was kept")
+            f"there are no {what} to learn from: "
+            + (
+                f"all {too_long} are longer than the {longest} positions of the student"
+                if too_long
+                else "none was kept"
+            )
         )
-    return Lessons(path, places, tokens)
+    return Lessons(path, places, dict(tokens))
 
 
 # ---- learn
 
 
-def views_loss(
-    lessons: Lessons, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase
-) -> Callable[[nn.Module, Batch], Tensor]:
-    """Σ_v w_v · mean over the response tokens of view v, all views of the same questions in each step.
+def paired(lessons: Lessons, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> Prepare:
+    """Puts all views of a batch's lessons side by side: Σ_v w_v · mean over the response tokens of view v.
 
-    A lesson that lacks a view adds nothing to that view's mean.
+    A token of view v weighs w_v / (mean number of response tokens that a lesson has in it), so that over the whole
+    data set every view's mean counts by its weight, and a step's loss does not depend on how it is split into passes.
     """
-    from methods.examples import Batch
-    from methods.losses import token_losses, weighted_mean
+    shares = {name: weight * len(lessons) / lessons.tokens[name] for name, weight in weights.items() if weight}
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        found = [lessons[row] for row in batch.rows.tolist()]
-        total = None
-        for name, weight in weights.items():
-            examples = [encoded(each.views[name], each.weight, tokenizer) for each in found if name in each.views]
-            if not weight or not examples:
-                continue
-            own = Batch.of(examples, tokenizer.pad_token_id or 0).to(batch.tokens.device)
-            logits = module(input_ids=own.tokens, attention_mask=own.attention, use_cache=False).logits
-            part = weight * weighted_mean(token_losses(logits, own), own)
-            total = part if total is None else total + part
-        return total
+    def prepare(module: nn.Module, batch: Batch, generator: Generator) -> Batch:
+        rows, examples = [], []
+        for name, share in shares.items():
+            for row in batch.rows.tolist():
+                lesson = lessons[row]
+                if name in lesson.views:
+                    example = encoded(lesson, name, tokenizer)
+                    rows.append(row)
+                    examples.append(replace(example, weight=example.weight * share))
+        return Batch.of_examples(examples, rows, padding_id(tokenizer)).to(batch.tokens.device)
 
-    return loss
+    return prepare
 
 
 def learn(
@@ -199,8 +195,38 @@ def learn(
     bench: Bench,
     what: str,
 ) -> LanguageModel:
-    """The student, taught.
+    """The student, taught by all views of each lesson at once.
 
-    weights: of the views' losses. Views of weight 0 are not read: with one left, this is ordinary fine-tuning on it.
+    weights: of the views' losses; with one view left that weighs anything, this is ordinary fine-tuning on it.
+    Raises ConfigError for weights that leave nothing to learn.
     """
-    raise NotImplementedError
+    lm = student.make(base, bench)
+    teach(lm, lessons, weights, training, bench, what)
+    return settled(lm)
+
+
+def teach(
+    lm: LanguageModel,
+    lessons: Lessons,
+    weights: Mapping[str, float],
+    training: TrainingSettings,
+    bench: Bench,
+    what: str,
+    first_step: int = 0,
+) -> None:
+    """Train a model's weights on lessons, in place; see `learn`. first_step: where its learning curve goes on."""
+    read = [name for name, weight in weights.items() if weight and name in lessons.tokens]
+    if not read or min(weights.values()) < 0:
+        raise ConfigError(f"loss weights {dict(weights)}: at least one must be above 0 and none below")
+    single = len(read) == 1
+    train(
+        lm.module,
+        list(lm.module.parameters()),
+        lessons.examples(lm.tokenizer, read[0] if single else None),
+        language_modeling_loss,
+        training,
+        bench,
+        what,
+        first_step=first_step,
+        prepare=None if single else paired(lessons, {name: weights[name] for name in read}, lm.tokenizer),
+    )

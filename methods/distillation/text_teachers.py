@@ -18,19 +18,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import batched
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 
-from harness.decoding import Sampler, complete_ids, encode
+from harness.decoding import complete_ids, encode
 from harness.errors import ConfigError, RunError
-from harness.problems import Broken, Problem, rows
+from harness.json_lines import Broken, numbered_rows, pass_over
+from harness.problems import Problem
+from methods.distillation.sampling import distribution, draw
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
     from harness.models import ModelSource
+
+T = TypeVar("T")
 
 SECONDS_FOR_A_LOCK = 60
 LONGEST_PAUSE_SECONDS = 60
@@ -52,6 +56,7 @@ class Sampling:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))  # configurations have lists
         for name, least in (("samples", 1), ("new_tokens", 1), ("temperature", 0), ("top_logprobs", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"sampling.{name}={getattr(self, name)}: must be at least {least}")
@@ -93,7 +98,12 @@ Sample = tuple[Request, int]  # a request and which of its samples
 
 
 class TextTeacher(Protocol):
-    """Answers prompts."""
+    """Answers prompts.
+
+    recorded: it says what it once said to a question, reasoning and answer at once, whatever the prompt.
+    """
+
+    recorded: ClassVar[bool]
 
     def opened(self, base: LanguageModel, bench: Bench) -> AbstractContextManager[Ask]:
         """Ready to be asked, and freed afterwards.
@@ -156,7 +166,7 @@ def asking(
 
     def ask(requests: Iterable[Request]) -> Iterator[tuple[Request, list[Answer]]]:
         counts = bench.log.counts
-        for some in batched(requests, batch):
+        for some in in_batches(requests, batch):
             wanted = [(request, sample) for request in some for sample in range(request.sampling.samples)]
             keys = [key_of(teacher, *each) for each in wanted]
             found = {key: given for key in keys if (given := kept.get(key)) is not None}
@@ -177,6 +187,13 @@ def asking(
     return ask
 
 
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many at a time, the last ones fewer."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
+
+
 def _answers_file(bench: Bench) -> Path:
     return (bench.cache or bench.scratch) / "answers.sqlite"
 
@@ -195,6 +212,8 @@ class EngineTeacher:
     model: ModelSource | None = None
     batch: int = 16
     chat_template: bool = False
+
+    recorded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -220,14 +239,14 @@ class EngineTeacher:
         for place in sorted(range(len(samples)), key=lambda place: -len(encoded[place])):
             alike.setdefault(replace(samples[place][0].sampling, samples=1), []).append(place)
         for sampling, places in alike.items():
-            for some in batched(places, self.batch):
+            for some in in_batches(places, self.batch):
                 chosen = [samples[place] for place in some]
                 written = complete_ids(
                     lm,
                     [encoded[place] for place in some],
                     [(sampling.stop, sampling.new_tokens)] * len(some),
                     sampling.new_tokens,
-                    Sampler(sampling.temperature, sampling.top_p, _uniforms(chosen)) if sampling.temperature else None,
+                    drawing(sampling, _uniforms(chosen)) if sampling.temperature else None,
                     sampling.top_logprobs,
                 )
                 for place, completion in zip(some, written, strict=True):
@@ -244,6 +263,15 @@ class EngineTeacher:
             messages = [{"role": "user", "content": prompt}]
             prompt = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode(lm, prompt, request.sampling.new_tokens)
+
+
+def drawing(sampling: Sampling, uniforms: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Chooses tokens by numbers in [0, 1): (logits [B, V], step) -> ids [B]; numbers [B, T]."""
+
+    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+        return draw(distribution(logits.float(), sampling), uniforms[:, step].to(logits.device))
+
+    return choose
 
 
 def _by_text(lm: LanguageModel, ids: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
@@ -298,6 +326,8 @@ class EndpointTeacher:
     tries: int = 6
     first_pause_seconds: float = 1.0
     seconds_limit: float = 120.0
+
+    recorded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -450,6 +480,8 @@ class RecordedTeacher:
     answers: tuple[str, ...] = ("{answer}",)
     broken: Broken = "refuse"
 
+    recorded: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("text_teacher=recorded needs a file: text_teacher.path=FILE")
@@ -482,13 +514,11 @@ class RecordedTeacher:
         place.unlink(missing_ok=True)
 
     def _rows(self) -> Iterator[tuple[str, str]]:
-        from harness.problems import complain
-
-        for number, row in rows(Path(self.path), self.broken):
+        for number, row in numbered_rows(Path(self.path), self.broken):
             try:
                 said = [(_squeezed(self.question.format(**row)), answer.format(**row)) for answer in self.answers]
             except (KeyError, TypeError, IndexError, AttributeError) as error:
-                complain(
+                pass_over(
                     self.path, number, f"does not fill the templates ({type(error).__name__}: {error})", self.broken
                 )
                 continue
@@ -506,6 +536,8 @@ class WorkedTeacher:
 
     answers: tuple[str, ...] = ("{rationale} The answer is {gold}.",)
     error_rate: float = 0.0
+
+    recorded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.error_rate <= 1:
