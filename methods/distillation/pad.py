@@ -9,7 +9,7 @@ and come from the student itself). Section 3.3: decoding searches line by line. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from harness.decoding import complete, complete_ids, encode
 from harness.errors import ConfigError
 from methods.distillation.lessons import Lesson, View, teach, write
 from methods.distillation.programs import Step, corrupted, normalised, read_program, same_number, search_lines
-from methods.distillation.sandbox import Outcome, Sandbox
+from methods.distillation.sandbox import Outcome, Run, Sandbox
 from methods.distillation.students import settled
 from methods.distillation.text_teachers import Request, Sampling
 
@@ -95,18 +95,20 @@ class Programs:
         """Each problem's program and what became of it, after repairs."""
         asked = [problem.fields() for problem in problems]
         prompts = [self.prompt.format(**fields) for fields in asked]
-        if self.searches:
-            programs = [self._search(lm, prompt) for prompt in progress.track(prompts, "programs", len(prompts))]
-        else:
-            programs = self._write(lm, prompts, progress)
-        solved = list(zip(programs, self.sandbox.run_all(programs), strict=True))
-        for _ in range(self.repairs):
-            failed = [row for row, (_, outcome) in enumerate(solved) if outcome.kind != "value"]
-            if not failed:
-                break
-            mended = self._write(lm, [self.repair(asked[row]["question"], *solved[row]) for row in failed], progress)
-            for row, program, outcome in zip(failed, mended, self.sandbox.run_all(mended), strict=True):
-                solved[row] = program, outcome
+        with self.sandbox.opened() as run:
+            if self.searches:
+                tracked = progress.track(prompts, "programs", len(prompts))
+                programs = [self._search(lm, prompt, run) for prompt in tracked]
+            else:
+                programs = self._write(lm, prompts, progress)
+            solved = [(program, run(program)) for program in programs]
+            for _ in range(self.repairs):
+                failed = [row for row, (_, outcome) in enumerate(solved) if outcome.kind != "value"]
+                if not failed:
+                    break
+                wrong = [self.repair(asked[row]["question"], *solved[row]) for row in failed]
+                for row, program in zip(failed, self._write(lm, wrong, progress), strict=True):
+                    solved[row] = program, run(program)
         return solved
 
     def repair(self, question: str, program: str, outcome: Outcome) -> str:
@@ -117,7 +119,7 @@ class Programs:
         texts = complete(lm, prompts, self.new_tokens, (self.end,), self.batch, progress, "programs")
         return [read_program(text) for text in texts]
 
-    def _search(self, lm: LanguageModel, prompt: str) -> str:
+    def _search(self, lm: LanguageModel, prompt: str, run: Run) -> str:
         generator = torch.Generator().manual_seed(0)  # the same for each question, in any order
 
         def propose(beginnings: Sequence[Sequence[str]]) -> list[list[Step]]:
@@ -125,8 +127,7 @@ class Programs:
             return self._lines(lm, texts, generator)
 
         def verify(beginnings: Sequence[Sequence[str]]) -> list[float]:
-            outcomes = self.sandbox.run_all(closed(lines) for lines in beginnings)
-            return [float(outcome.kind in ("value", "nothing")) for outcome in outcomes]
+            return [float(run(closed(lines)).kind in ("value", "nothing")) for lines in beginnings]
 
         return read_program("\n".join(search_lines(propose, verify, self.beams, self.verifier, self.most_lines)))
 
@@ -165,6 +166,11 @@ def closed(lines: Sequence[str]) -> str:
         last = written_lines[-1]
         return "\n".join([*written_lines, f"{last[: len(last) - len(last.lstrip())]}{INDENTATION}pass"])
     return "\n".join(written_lines)
+
+
+def without_blank_lines(program: str) -> str:
+    """A program as it is learned: decoding ends at a blank line."""
+    return "\n".join(line for line in program.splitlines() if line.strip())
 
 
 def written(outcome: Outcome) -> str:
@@ -225,62 +231,51 @@ class PaD:
     def lessons(self, ask: Ask, bench: Bench) -> Iterator[Lesson]:
         """A lesson for every different right program, one by one, with a wrong version of it where one was found."""
         generator = torch.Generator().manual_seed(bench.generator.initial_seed())
-        for problem, program in self._kept(ask, bench):
-            wrong = (
-                [] if not self.corruptions or not self.repair_weight else list(self._wrong(problem, program, generator))
-            )
-            bench.log.counts["corrupted programs"] += len(wrong)
-            for number in range(max(1, len(wrong))):
-                views = {"program": View(self.decoding.prompt.format(**problem.fields()), self._response(program))}
-                if wrong:
-                    prompt = self.decoding.repair(problem.fields()["question"], *wrong[number])
-                    views["repair"] = View(prompt, self._response(program))
-                yield Lesson(views, weight=1 / max(1, len(wrong)), problem=problem.id)
+        with self.decoding.sandbox.opened() as run:
+            for problem, program in self._kept(ask, run, bench):
+                question, response = problem.fields()["question"], without_blank_lines(program)
+                wrong = [] if not self.repair_weight else list(self._wrong(problem, program, generator, run))
+                bench.log.counts["corrupted programs"] += len(wrong)
+                view = View(self.decoding.prompt.format(**problem.fields()), response)
+                repairs = [{"repair": View(self.decoding.repair(question, *each), response)} for each in wrong]
+                for more in repairs or [{}]:
+                    yield Lesson({"program": view} | more, 1 / max(1, len(wrong)), problem.id)
 
-    def _response(self, program: str) -> str:
-        """A program as it is learned: without blank lines, where decoding would end."""
-        return "\n".join(line for line in program.splitlines() if line.strip())
-
-    def _kept(self, ask: Ask, bench: Bench) -> Iterator[tuple[Problem, str]]:
+    def _kept(self, ask: Ask, run: Run, bench: Bench) -> Iterator[tuple[Problem, str]]:
         """Right programs, each one once for its problem."""
         counts = bench.log.counts
         seed = bench.generator.initial_seed()
-        seen: tuple[str, set[str]] = ("", set())
-        for problem, program, outcome in self._run(
-            (request.problem, read_program(answer.text))
-            for request, answers in ask(
-                Request(self.teacher_prompt.format(**problem.fields()), problem, self.sampling, seed)
-                for problem in self.problems.read("train")
-            )
-            for answer in answers
-        ):
-            counts["answers"] += 1
-            counts[f"programs: {outcome.kind}"] += 1
-            if outcome.kind != "value" or not same_number(outcome.value, problem.gold):
-                continue
-            counts["right programs"] += 1
-            if seen[0] != problem.id:
-                seen = problem.id, set()
-            same = normalised(program)
-            if same not in seen[1]:
-                seen[1].add(same)
-                counts["kept answers"] += 1
-                yield problem, program
+        requests = (
+            Request(self.teacher_prompt.format(**problem.fields()), problem, self.sampling, seed)
+            for problem in self.problems.read("train")
+        )
+        for request, answers in ask(requests):
+            seen: set[str] = set()
+            for program in (read_program(answer.text) for answer in answers):
+                outcome = run(program)
+                counts["answers"] += 1
+                counts[f"programs: {outcome.kind}"] += 1
+                if outcome.kind != "value" or not same_number(outcome.value, request.problem.gold):
+                    continue
+                counts["right programs"] += 1
+                same = normalised(program)
+                if same not in seen:
+                    seen.add(same)
+                    counts["kept answers"] += 1
+                    yield request.problem, program
 
-    def _run(self, programs: Iterable[tuple[Problem, str]]) -> Iterator[tuple[Problem, str, Outcome]]:
-        for problem, program in programs:
-            yield problem, program, self.decoding.sandbox.run(program)
-
-    def _wrong(self, problem: Problem, program: str, generator: torch.Generator) -> Iterator[tuple[str, Outcome]]:
+    def _wrong(
+        self, problem: Problem, program: str, generator: torch.Generator, run: Run
+    ) -> Iterator[tuple[str, Outcome]]:
         """Corrupted versions that fail, or run to another answer; at most `corruptions`."""
         found = 0
-        for _, source in corrupted(program, generator):
-            if found == self.corruptions:
-                return
-            outcome = self.decoding.sandbox.run(source)
+        for _, source in corrupted(program, generator) if self.corruptions else ():
+            outcome = run(source)
             if outcome.kind != "value" or not same_number(outcome.value, problem.gold):
-                found += 1
                 yield source, outcome
+                found += 1
+                if found == self.corruptions:
+                    return
 
     def mistakes(self, student: LanguageModel, lessons: Sequence[Lesson], bench: Bench) -> Iterator[Lesson]:
         """Lessons from what the student gets wrong itself, where a right program is known."""

@@ -34,7 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,9 @@ class Outcome:
     value: bool | int | float | str | None = None
     error: str = ""
     shut: tuple[str, ...] = ()
+
+
+Run = Callable[[str], Outcome]
 
 
 @dataclass(frozen=True)
@@ -97,37 +101,45 @@ class Sandbox:
 
     def run_all(self, sources: Iterable[str]) -> Iterator[Outcome]:
         """`run` of each program, as they come; they know nothing of each other."""
-        yield from execute(sources, self, LAYERS)
+        with self.opened() as run:
+            for source in sources:
+                yield run(source)
+
+    def opened(self) -> AbstractContextManager[Run]:
+        """`run` for many programs, in any order: one interpreter is started, and every program is a fork of it."""
+        return opened(self, LAYERS)
 
 
-def execute(sources: Iterable[str], sandbox: Sandbox, layers: tuple[str, ...]) -> Iterator[Outcome]:
-    """`Sandbox.run_all` behind chosen layers only: what each is worth can be tested with the others open."""
+@contextlib.contextmanager
+def opened(sandbox: Sandbox, layers: tuple[str, ...]) -> Iterator[Run]:
+    """`Sandbox.opened` behind chosen layers only: what each is worth can be tested with the others open."""
     if os.name != "posix":
         raise RunError("programs of a model are run on Linux and macOS only: this system limits no process")
     most = 8 * sandbox.output_bytes + 8192
-    limits = {"cpu_seconds": sandbox.cpu_seconds, "memory_bytes": sandbox.memory_bytes}
     common = {
         "layers": layers,
-        "limits": limits,
+        "limits": {"cpu_seconds": sandbox.cpu_seconds, "memory_bytes": sandbox.memory_bytes},
         "output_bytes": sandbox.output_bytes,
         "most_bytes": most,
         "wall_seconds": sandbox.wall_seconds,
         "kernel_required": sandbox.kernel_required,
     }
     server: _Server | None = None
+
+    def run(source: str) -> Outcome:
+        nonlocal server
+        if len(source.encode("utf-8", "replace")) > sandbox.source_bytes:
+            return Outcome("refused", error=f"the program is longer than {sandbox.source_bytes} bytes")
+        server = server or _Server()
+        found = server.ask({"source": source} | common, sandbox.wall_seconds + GRACE_SECONDS, 8 * most)
+        if found is None:  # a program ended it, or kept it from answering: the next one gets another
+            server.close()
+            server = None
+            return Outcome("killed", error="the program ended the interpreter that runs it")
+        return _outcome(found["status"], found["text"])
+
     try:
-        for source in sources:
-            if len(source.encode("utf-8", "replace")) > sandbox.source_bytes:
-                yield Outcome("refused", error=f"the program is longer than {sandbox.source_bytes} bytes")
-                continue
-            server = server or _Server()
-            found = server.ask({"source": source} | common, sandbox.wall_seconds + GRACE_SECONDS, 8 * most)
-            if found is None:  # a program ended it, or kept it from answering: the next one gets another
-                server.close()
-                server = None
-                yield Outcome("killed", error="the program ended the interpreter that runs it")
-                continue
-            yield _outcome(found["status"], found["text"])
+        yield run
     finally:
         if server is not None:
             server.close()

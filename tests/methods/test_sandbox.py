@@ -19,7 +19,8 @@ OPEN = Sandbox(kernel_required=False)
 
 
 def execute(program: str, box: Sandbox, layers: tuple[str, ...]) -> Outcome:
-    return next(sandbox.execute([program], box, layers))
+    with sandbox.opened(box, layers) as run:
+        return run(program)
 
 
 KERNEL = (
