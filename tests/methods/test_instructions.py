@@ -5,7 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.distillation.instructions import Pool, common_subsequence, parse_list, rouge_l, words, wrapped
+from harness.problems import made
+from harness.progress import NoProgress
+from methods.distillation import instructions
+from methods.distillation.instructions import (
+    Creation,
+    Instructed,
+    Pool,
+    ReserveTeacher,
+    common_subsequence,
+    parse_list,
+    rouge_l,
+    words,
+    wrapped,
+)
+from methods.distillation.text_teachers import Request
+from tests.harness.tiny_models import language_model
 
 
 @pytest.mark.parametrize(
@@ -81,6 +96,40 @@ def test_copies_without_words_are_refused_too():
 
 
 def test_the_wrapper_ends_where_the_response_begins():
-    assert wrapped("Name a tree.").endswith("Name a tree.\n\n### Response:")
-    assert wrapped("Sort.", "b, a").index("Sort.") < wrapped("Sort.", "b, a").index("b, a")
-    assert "### Input" not in wrapped("Name a tree.")
+    plain, with_input = wrapped(made("Name a tree.", "Oak.")), wrapped(made("Sort.", "a, b", context="b, a"))
+    assert plain.endswith("Name a tree.\n\n### Response:")
+    assert "### Input" not in plain
+    assert with_input.endswith("### Instruction:\nSort.\n\n### Input:\nb, a\n\n### Response:")
+
+
+def test_students_are_asked_in_the_wrapper_that_they_were_taught_in(monkeypatch):
+    asked = []
+    monkeypatch.setattr(instructions, "complete", lambda _lm, prompts, *_: asked.extend(prompts) or [" Oak. "])
+    problem = made("Name a tree.", "Oak.", choices=("Oak.", "Rose."))
+    assert Instructed().decode(None, [problem], NoProgress()) == ["Oak."]
+    assert asked == [wrapped(problem)]
+    assert "(b) Rose." in asked[0]
+
+
+def test_a_reserve_gives_each_instruction_once_the_alike_and_the_unlike(bench):
+    class Trees:
+        def read(self, split):
+            for what in ("Name a tree.", "Name a big tree.", "Name a small tree.", "Sort numbers.", "Add numbers."):
+                yield made(what, f"Response to {what}")
+
+    teacher, lm = ReserveTeacher(Trees()), language_model()
+    seed = made("Name a tree.", "")
+    with teacher.opened(lm, bench) as ask:
+
+        def new(kind, count=1):
+            return [
+                a.text for _, answers in ask([Creation("", seeds=(seed,), kind=kind, count=count)]) for a in answers
+            ]
+
+        assert new("hard")[0] in ("Name a big tree.", "Name a small tree.")
+        assert new("easy")[0] in ("Sort numbers.", "Add numbers.")
+        assert len(parse_list(new("any", 20)[0], 20)) == 2  # all that is left but the seed
+        assert new("hard") == []
+        ((_, (answer,)),) = ask([Request("", seed)])
+        assert answer.text == "Response to Name a tree."
+        assert next(iter(ask([Request("", made("Unknown?", ""))])))[1] == []
