@@ -139,6 +139,32 @@ def _equations(text: str, _choices: Sequence[str]) -> list[str]:
     return [part for part in found if re.search(r"[+\-*/]", part) and evaluate_equation(part) is not None]
 
 
+# ---- arithmetic in a text
+
+_PLAIN_NUMBER = r"\d+(?:\.\d+)?"
+_EQUATION = re.compile(
+    rf"({_PLAIN_NUMBER}(?:\s*[-+*/]\s*{_PLAIN_NUMBER})+)(\s*=\s*\$?)({_PLAIN_NUMBER})(?!\s*[-+*/\d])"
+)
+
+
+def recalculated(text: str) -> str:
+    """The text with the right side of every "a + b = c" computed, and a corrected number put wherever it is used on.
+
+    From left to right, so that later equations start from corrected numbers. Text whose arithmetic is right stays.
+    """
+    text, place = _THOUSANDS.sub("", text), 0
+    while equation := _EQUATION.search(text, place):
+        value = evaluate_equation(equation[1])
+        place = equation.end()
+        if value is None or abs(value - float(equation[3])) <= TOLERANCE:
+            continue
+        right = f"{value:.10g}"
+        used = re.compile(rf"(?<![\d.]){re.escape(equation[3])}(?![\d]|\.\d)")
+        before = text[: equation.start(3)] + right
+        text, place = before + used.sub(right, text[equation.end(3) :]), len(before)
+    return text
+
+
 # ---- equality
 
 

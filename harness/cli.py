@@ -36,7 +36,6 @@ GROUPS = {  # the order in which help lists them
     "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
     "problems": "questions with right answers that students are taught on and asked",
     "text_teacher": "who answers questions for students that learn from words",
-    "student": "the model that learns: student@method.student=NAME",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }

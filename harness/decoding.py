@@ -160,7 +160,12 @@ def padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
 
 
 class Decoding(Protocol):
-    """How questions are put to a student and what it answers is read."""
+    """How questions are put to a student and what it answers is read.
+
+    calculator: the answers are also read as they are when a calculator redoes their arithmetic.
+    """
+
+    calculator: bool
 
     def decode(self, lm: LanguageModel, problems: Sequence[Problem], progress: Progress) -> list[str]:
         """A text for every problem, in which its answer is looked for."""
@@ -174,12 +179,14 @@ class Plain:
     """One prompt a question, answered greedily.
 
     prompt: names fields of the problem, {question} at least. stop: where an answer ends besides the end mark.
+    calculator: also read the answers as they are when a calculator redoes their arithmetic.
     """
 
     prompt: str = "Q: {question}\nA:"
     new_tokens: int = 128
     stop: tuple[str, ...] = ("\nQ:",)
     batch: int = 32
+    calculator: bool = False
 
     def __post_init__(self) -> None:
         if "{question}" not in self.prompt:

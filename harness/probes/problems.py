@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from harness.answers import recalculated
 from harness.decoding import Plain
 from harness.errors import ConfigError, RunError
 from harness.probes.tasks import accuracy, against
@@ -68,6 +69,9 @@ class Answers:
         on = f"{self.problems.name}, {questions}{sample}, exact match ({rule.name}), asked as it is taught"
         given = f"{outcomes['given'].notna().mean():.0%} of the replies hold an answer; {decoding.describe()}"
         yield accuracy("accuracy", outcomes["correct"].to_numpy(), on, given)
+        if decoding.calculator:
+            redone = [rule.correct(recalculated(text), problem) for text, problem in zip(texts, asked, strict=True)]
+            yield accuracy("accuracy_with_calculator", np.array(redone, dtype=int), on)
         if context.reference is not None:
             before = self._before(context.reference / self._file, outcomes)
             yield accuracy("accuracy_before", before["correct_dense"].to_numpy(), on)

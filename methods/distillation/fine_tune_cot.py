@@ -1,8 +1,8 @@
 """Fine-tune-CoT: students learn the reasoning that a large model writes step by step (Ho, Schmid, Yun 2023).
 
-https://arxiv.org/abs/2212.10071, Section 3. The teacher is asked twice without any example: for its reasoning, and
+https://arxiv.org/abs/2212.10071. The teacher is asked twice without any example: for its reasoning, and
 after it for its answer. Reasoning that ends in the right answer is kept; a student learns question → reasoning →
-answer. Diverse reasoning (Section 3.2) keeps several right ones of each question.
+answer. Diverse reasoning keeps several right ones of each question.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class FineTuneCoT:
         for problem, answer in keep_right(self._answered(ask, bench), self.problems.rule, bench):
             fields = problem.fields() | {"reasoning": without_conclusion(answer.text)}
             if fields["reasoning"]:
-                view = View(self.prompt.format(**fields), self.response.format(**fields))
-                yield Lesson({"reasoning": view}, problem=problem.id)
+                yield Lesson({"reasoning": View(self.prompt, self.response).filled(fields)}, problem=problem.id)
 
     def _answered(self, ask: Ask, bench: Bench) -> Iterator[tuple[Request, list[Answer]]]:
         """Requests with answers that hold reasoning and conclusion."""

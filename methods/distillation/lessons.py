@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from harness.answers import AnswerRule
     from harness.method import Bench, LanguageModel
-    from harness.problems import Problem
+    from harness.problems import Problem, Problems
     from methods.distillation.students import Student
     from methods.distillation.text_teachers import Answer, Request
     from methods.training import Prepare, TrainingSettings
@@ -43,18 +44,56 @@ class View:
     prompt: str
     response: str
 
+    def filled(self, fields: Mapping[str, str]) -> View:
+        """The view that these templates make of some fields."""
+        return View(self.prompt.format(**fields), self.response.format(**fields))
+
 
 @dataclass(frozen=True)
 class Lesson:
     """What is learned from one question in one step.
 
     views: by name; a system weighs the losses of its views. weight: of every token of it within its view.
-    problem: id of the question.
+    problem: id of the question. origin: what made it, where a system has several ways.
+    soft: what is learned instead of the tokens of a response, one entry each: (ids, probabilities).
     """
 
     views: Mapping[str, View]
     weight: float = 1.0
     problem: str = ""
+    origin: str = ""
+    soft: Sequence[tuple[Sequence[int], Sequence[float]]] = ()
+
+
+# ---- ask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a teacher is asked.
+
+    question: template over the problem's fields. demonstration: template of each of `shots` worked problems before it.
+    """
+
+    question: str
+    demonstration: str = ""
+    shots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shots < 0 or (self.shots and not self.demonstration):
+            raise ConfigError(f"prompt shots={self.shots}: must be at least 0, and need a demonstration template")
+
+    def shown(self, problems: Problems) -> list[Problem]:
+        """The problems that are demonstrated: the first that carry a worked solution, one more than are shown."""
+        worked = (problem for problem in problems.read("train") if problem.rationale)
+        return list(islice(worked, self.shots + 1)) if self.shots else []
+
+    def write(self, problem: Problem, shown: Sequence[Problem]) -> str:
+        """The prompt for a problem, which is never among its own demonstrations."""
+        others = [other for other in shown if other.id != problem.id][: self.shots]
+        return "".join(self.demonstration.format(**other.fields()) for other in others) + self.question.format(
+            **problem.fields()
+        )
 
 
 # ---- keep
@@ -78,11 +117,11 @@ def keep_right(
 class Lessons(Sequence[Lesson]):
     """Lessons in a file, read one by one; in memory are the places where they begin, eight bytes each.
 
-    tokens: of all responses, by view.
+    counts: how many lessons have a view. tokens: of all their responses.
     """
 
-    def __init__(self, path: Path, places: array[int], tokens: dict[str, int]) -> None:
-        self.path, self.tokens = path, tokens
+    def __init__(self, path: Path, places: array[int], counts: dict[str, int], tokens: dict[str, int]) -> None:
+        self.path, self.counts, self.tokens = path, counts, tokens
         self._places = places
         self._file = path.open("rb")
 
@@ -99,10 +138,16 @@ class Lessons(Sequence[Lesson]):
         self._file.seek(self._places[index])
         row = json.loads(self._file.readline())
         views = {name: View(*texts) for name, texts in row["views"].items()}
-        return Lesson(views, row["weight"], row["problem"])
+        soft = [(ids, chances) for ids, chances in row["soft"]]
+        return Lesson(views, row["weight"], row["problem"], row["origin"], soft)
 
     def __reduce__(self) -> tuple:
-        return Lessons, (self.path, self._places, self.tokens)  # a worker process opens the file for itself
+        return Lessons, (
+            self.path,
+            self._places,
+            self.counts,
+            self.tokens,
+        )  # a worker process opens the file for itself
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, view: str | None = None) -> Sequence[Example]:
         """Its lessons as token ids, made when they are read: of one view, or of each lesson's first."""
@@ -135,17 +180,19 @@ def write(lessons: Iterable[Lesson], lm: LanguageModel, bench: Bench, what: str 
     """
     longest = getattr(lm.engine, "context_tokens", None) or float("inf")
     path = bench.scratch / f"{what.replace(' ', '-')}.jsonl"
-    places, tokens, counts = array("q"), Counter(), bench.log.counts
+    places, having, tokens, counts = array("q"), Counter(), Counter(), bench.log.counts
     with path.open("wb") as file:
         for lesson in lessons:
             examples = {name: encoded(lesson, name, lm.tokenizer) for name in lesson.views}
             if max(map(len, examples.values())) > longest:
                 counts[f"{what} too long"] += 1
                 continue
+            having.update(examples.keys())
             tokens.update({name: len(example.response) for name, example in examples.items()})
             places.append(file.tell())
             views = {name: [view.prompt, view.response] for name, view in lesson.views.items()}
-            row = {"problem": lesson.problem, "weight": lesson.weight, "views": views}
+            row = {"problem": lesson.problem, "origin": lesson.origin, "weight": lesson.weight, "views": views}
+            row["soft"] = lesson.soft
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     counts[what] += len(places)
     if not places:
@@ -158,19 +205,24 @@ def write(lessons: Iterable[Lesson], lm: LanguageModel, bench: Bench, what: str 
                 else "none was kept"
             )
         )
-    return Lessons(path, places, dict(tokens))
+    return Lessons(path, places, dict(having), dict(tokens))
 
 
 # ---- learn
 
 
-def paired(lessons: Lessons, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> Prepare:
-    """Puts all views of a batch's lessons side by side: Σ_v w_v · mean over the response tokens of view v.
+def shares_of(lessons: Lessons, weights: Mapping[str, float]) -> dict[str, float]:
+    """What a response token of each view weighs, so that Σ_v w_v · mean over the response tokens of view v is learned.
 
-    A token of view v weighs w_v / (mean number of response tokens that a lesson has in it), so that over the whole
-    data set every view's mean counts by its weight, and a step's loss does not depend on how it is split into passes.
+    A token of view v weighs w_v / (mean number of response tokens that a lesson has in it): over the whole data set
+    every view's mean counts by its weight, and a step's loss does not depend on how it is split into passes.
     """
-    shares = {name: weight * len(lessons) / lessons.tokens[name] for name, weight in weights.items() if weight}
+    return {name: weight * len(lessons) / lessons.tokens[name] for name, weight in weights.items() if weight}
+
+
+def paired(lessons: Lessons, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> Prepare:
+    """Puts all views of a batch's lessons side by side, weighed by their shares."""
+    shares = shares_of(lessons, weights)
 
     def prepare(module: nn.Module, batch: Batch, generator: Generator) -> Batch:
         rows, examples = [], []

@@ -472,11 +472,12 @@ class RecordedTeacher:
 
     path: JSON Lines or a JSON array; a row holds a question and answers to it; several rows of one question are
         several samples.
-    question: the question as the problem words it, a template over the row's fields. answers: templates of answers.
+    questions: templates over the row's fields of the question as the problem words it, after its context if it has
+        one; the first that a row fills counts. answers: templates of answers.
     """
 
     path: str
-    question: str = "{question}"
+    questions: tuple[str, ...] = ("{question}",)
     answers: tuple[str, ...] = ("{answer}",)
     broken: Broken = "refuse"
 
@@ -503,7 +504,8 @@ class RecordedTeacher:
 
             def ask(requests: Iterable[Request]) -> Iterator[tuple[Request, list[Answer]]]:
                 for request in requests:
-                    asked = _squeezed(request.problem.question if request.problem else request.prompt)
+                    problem = request.problem
+                    asked = _squeezed(f"{problem.context} {problem.question}" if problem else request.prompt)
                     found = table.execute(
                         "SELECT answer FROM said WHERE question = ? ORDER BY rowid LIMIT ?",
                         (asked, request.sampling.samples),
@@ -515,14 +517,19 @@ class RecordedTeacher:
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         for number, row in numbered_rows(Path(self.path), self.broken):
-            try:
-                said = [(_squeezed(self.question.format(**row)), answer.format(**row)) for answer in self.answers]
-            except (KeyError, TypeError, IndexError, AttributeError) as error:
-                pass_over(
-                    self.path, number, f"does not fill the templates ({type(error).__name__}: {error})", self.broken
-                )
+            question = next(filter(None, (_filled(template, row) for template in self.questions)), None)
+            said = [_filled(answer, row) for answer in self.answers]
+            if question is None or None in said:
+                pass_over(self.path, number, f"its fields ({', '.join(row)}) do not fill the templates", self.broken)
                 continue
-            yield from said
+            yield from ((_squeezed(question), answer) for answer in said)
+
+
+def _filled(template: str, row: dict[str, Any]) -> str | None:
+    try:
+        return template.format(**row)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return None
 
 
 @dataclass(frozen=True)
