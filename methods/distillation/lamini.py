@@ -62,7 +62,9 @@ class LaMini:
     def __post_init__(self) -> None:
         unknown = set(self.mixture) - set(SOURCES)
         if unknown or not sum(self.mixture.values()) or min(self.mixture.values()) < 0:
-            raise ConfigError(f"method.mixture={dict(self.mixture)}: numbers of {', '.join(SOURCES)}, at least one above 0")
+            raise ConfigError(
+                f"method.mixture={dict(self.mixture)}: numbers of {', '.join(SOURCES)}, at least one above 0"
+            )
         for name in ("examples", "topics", "count"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"method.{name}={getattr(self, name)}: must be at least 1")
@@ -114,9 +116,7 @@ class LaMini:
                 bench.log.counts[f"instructions: {source}"] += 1
                 yield source, problem
 
-    def _made_up(
-        self, source: str, seeds: Sequence[Problem], pool: Pool, ask: Ask, bench: Bench
-    ) -> Iterator[Problem]:
+    def _made_up(self, source: str, seeds: Sequence[Problem], pool: Pool, ask: Ask, bench: Bench) -> Iterator[Problem]:
         """New instructions without end, until a hundred lists in turn bring nothing new."""
         draw = random.Random(f"{bench.generator.initial_seed()} {source}")
         topics = self._topics() if source == "with_topic" else []

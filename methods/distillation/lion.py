@@ -129,7 +129,9 @@ class Lion:
         self, student: LanguageModel, known: Sequence[Problem], ask: Ask, bench: Bench
     ) -> tuple[list[Problem], list[Problem]]:
         """Hard and easy instructions of all so far; those without a verdict are in neither."""
-        said = {request.problem.id: answers[0].text for request, answers in ask(self._responses(known, bench)) if answers}
+        said = {
+            request.problem.id: answers[0].text for request, answers in ask(self._responses(known, bench)) if answers
+        }
         asked = [problem for problem in known if problem.id in said]
         own = self.decoding.decode(student, asked, bench.progress)
         pairs = [(problem, said[problem.id].strip(), text) for problem, text in zip(asked, own, strict=True)]
@@ -146,9 +148,7 @@ class Lion:
         counts["without a verdict"] += len(asked) - len(hard) - len(easy)
         return hard, easy
 
-    def _judged(
-        self, pairs: Sequence[tuple[Problem, str, str]], ask: Ask, bench: Bench
-    ) -> Iterator[float | None]:
+    def _judged(self, pairs: Sequence[tuple[Problem, str, str]], ask: Ask, bench: Bench) -> Iterator[float | None]:
         """Teacher's score minus student's, of both orders of the two."""
         seed = bench.generator.initial_seed()
         requests = (
