@@ -47,8 +47,8 @@ class Episode:
 class InContext:
     """Questions after labelled examples of their task; the label that most sets of examples vote for.
 
-    problems: where examples come from. example, question: how each is written; {question} and {answer}. The answer
-        follows the question's text.
+    problems: where examples come from. example, question: how each is written; {question} and {answer}.
+    space: what an answer begins with: tokenizers have words with the space before them.
     shots: examples in a text. sets: how many texts, with examples of their own, vote on a question.
     new_tokens: the most in an answer of a task without labels to choose from.
     """
@@ -56,6 +56,7 @@ class InContext:
     problems: TaskPools
     example: str = "{question}\nLabel:{answer}\n\n"
     question: str = "{question}\nLabel:"
+    space: str = " "
     shots: int = 4
     sets: int = 5
     new_tokens: int = 24
@@ -100,9 +101,9 @@ class InContext:
         return f"{self.shots} labelled examples of the task, vote of {self.sets} such sets"
 
     def prompt(self, episode: Episode) -> str:
-        """Examples, then the question; its answer follows with a space before it."""
+        """Examples, then the question; its answer follows."""
         shown = "".join(
-            self.example.format(question=each.question, answer=f" {each.gold}") for each in episode.examples
+            self.example.format(question=each.question, answer=self.space + each.gold) for each in episode.examples
         )
         return shown + self.question.format(question=episode.question.question)
 
@@ -112,7 +113,7 @@ class InContext:
         """Of each prompt's labels the one with the greatest mean log-probability per token, and that."""
         asked = [(row, label) for row, own in enumerate(labels) for label in own]
         pairs = [
-            (encode(lm, prompts[row], 1), lm.tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
+            (encode(lm, prompts[row], 1), lm.tokenizer(self.space + label, add_special_tokens=False)["input_ids"])
             for row, label in asked
         ]
         scores = [0.0] * len(pairs)
@@ -271,7 +272,7 @@ class InContextDistillation:
         found, labels = [], []
         for episode in self.drawn_episodes(bench.generator.initial_seed()):
             while True:
-                example = tokenized(lm.tokenizer, self.decoding.prompt(episode), f" {episode.question.gold}")
+                example = tokenized(lm.tokenizer, self.decoding.prompt(episode), self.decoding.space + episode.question.gold)
                 if len(example) <= longest or not episode.examples:
                     break
                 episode = replace(episode, examples=episode.examples[1:])
@@ -280,7 +281,7 @@ class InContextDistillation:
                 bench.log.counts["episodes too long"] += 1
                 continue
             found.append(example)
-            labels.append(first_tokens(lm, episode.question.choices))
+            labels.append(first_tokens(lm, [self.decoding.space + label for label in episode.question.choices]))
         bench.log.counts["episodes"] += len(found)
         if not found:
             raise RunError(f"no episode fits into the {longest} positions of this model; choose shorter problems")
@@ -319,7 +320,7 @@ def with_labels(soft: Tensor, student: Tensor, teacher: Tensor, batch: Batch, al
 
 def first_tokens(lm: LanguageModel, labels: Sequence[str]) -> list[int]:
     """The tokens that answers begin with; none where labels cannot be told apart by them."""
-    ids = [lm.tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0] for label in labels]
+    ids = [lm.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels]
     return sorted(set(ids)) if len(set(ids)) == len(labels) else []
 
 

@@ -334,25 +334,23 @@ class Mappings:
 def test_reading_examples_is_learned_and_works_on_new_tasks(bench):
     """Meta-ICT on random mappings: a student that only remembers is right half of the time on new ones."""
     problems = Mappings()
-    decoding = InContext(problems, example="{question}{answer}\n", question="{question}", shots=6, sets=1)
+    decoding = InContext(problems, example="{question}{answer}", question="{question}", space="", shots=6, sets=1)
     method = system(
         problems,
         student=Fresh(),
         decoding=decoding,
         hard=1.0,
         language=(1.0, 1.0),
-        episodes=2000,
+        episodes=4000,
         shots=6,
-        training=TrainingSettings(
-            steps=500, learning_rate=4e-3, batch_size=32, checkpoint_steps=1000, schedule="linear"
-        ),
+        training=TrainingSettings(steps=600, learning_rate=3e-3, batch_size=32, checkpoint_steps=1000),
     )
     asked = list(problems.read("test"))
-    shape = {"initializer_range": 0.02, "hidden_size": 32}
+    shape = {"initializer_range": 0.05, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     student = method.compress(language_model(**shape), bench)
     answers = decoding.decode(student, asked, NoProgress())
     right = sum(text == problem.gold for text, problem in zip(answers, asked, strict=True)) / len(asked)
-    assert right > 0.8
+    assert right > 0.8  # 1.0 here
 
 
 # ---- what cannot be
