@@ -337,8 +337,7 @@ def reward_to_go(rewards: Tensor, discount: float = 1.0, include_own: bool = Tru
 
 def remaining(mask: Tensor) -> Tensor:
     """How many tokens of the response are left at each of its tokens, itself included: bool [B, K] -> [B, K]."""
-    counts = mask.long()
-    return counts.flip(1).cumsum(1).flip(1)
+    return mask * mask.flip(1).cumsum(1).flip(1)
 
 
 def padded_last(values: Tensor) -> Tensor:
