@@ -18,13 +18,28 @@ if TYPE_CHECKING:
     from methods.distillation.sampling import Responses
 
 
-def start_warm(module: nn.Module, data: Sequence[Example], settings: TrainingSettings, bench: Bench) -> None:
-    """Language modelling on the responses of the data: a student learns to write before it learns from what it writes.
+@dataclass(frozen=True)
+class WarmStart:
+    """Language modelling on the data's responses first: a student learns to write before it learns from what it writes.
 
-    The papers start from students that were fine-tuned on the data; a model that has just lost layers babbles.
+    The papers start from students that were fine-tuned on the data; one that has just lost layers babbles.
+    share: of all steps that go into it; the rest is distillation. learning_rate: of these steps.
     """
-    early = replace(bench, scratch=bench.scratch / "warm-start")
-    train(module, list(module.parameters()), data, language_modeling_loss, settings, early, "warm start")
+
+    share: float
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"warm_start.share={self.share}: must be at least 0 (none) and less than 1")
+        if not self.learning_rate >= 0:
+            raise ConfigError(f"warm_start.learning_rate={self.learning_rate}: must not be negative")
+
+    def split(self, training: TrainingSettings) -> tuple[TrainingSettings, TrainingSettings]:
+        """Settings of the warm start, and of what follows: together as many steps as `training` has."""
+        steps = round(self.share * training.steps)
+        early = replace(training, steps=steps, learning_rate=self.learning_rate)
+        return early, replace(training, steps=training.steps - steps)
 
 
 def with_responses(examples: Sequence[Example], batch: Batch, responses: Responses) -> Batch:
