@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "evaluation"]
 EVALUATION_EVERY = 4  # one document in four is evaluated on
+HELD_OUT_PART = 20  # of the calibration text, what is not trained on but looked at meanwhile
 
 
 class Text(Protocol):
@@ -77,25 +78,34 @@ class Corpus:
 
         Raises RunError when the text is shorter than one window.
         """
-        return self.training_windows(tokenizer, generator, self.samples, self.window)
+        tokens = self._tokens(tokenizer, self.calibration, "calibration")
+        return _windows_at_random(tokens, self.samples, self.window, generator, self.calibration.name)
 
     def training_windows(
         self, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, samples: int, window: int
     ) -> torch.Tensor:
-        """Token ids [samples, window] of the calibration text for methods that train on more than they calibrate on.
+        """Token ids [samples, window] of the calibration text, for methods that train on more than they calibrate on.
 
-        Raises RunError when the text is shorter than one window.
+        Its last twentieth is left to `held_out_windows`. Raises RunError when the text is too short.
         """
-        import torch
-
         tokens = self._tokens(tokenizer, self.calibration, "calibration")
-        if len(tokens) <= window:
+        kept = len(tokens) - len(tokens) // HELD_OUT_PART
+        return _windows_at_random(tokens[:kept], samples, window, generator, self.calibration.name)
+
+    def held_out_windows(self, tokenizer: PreTrainedTokenizerBase, samples: int, window: int) -> torch.Tensor:
+        """Up to `samples` windows of ids [S, window] from the last twentieth of the calibration text, side by side.
+
+        Raises RunError when there is none of that length.
+        """
+        tokens = self._tokens(tokenizer, self.calibration, "calibration")
+        tokens = tokens[len(tokens) - len(tokens) // HELD_OUT_PART :]
+        count = min(samples, len(tokens) // window)
+        if count == 0:
             raise RunError(
-                f"{self.calibration.name}: the calibration text has {len(tokens)} tokens, less than one window of "
-                f"{window}; use a longer text or a smaller calibration.window"
+                f"{self.calibration.name}: the last twentieth of the calibration text has {len(tokens)} tokens, less "
+                f"than one window of {window} to look at while training; use a longer text or smaller windows"
             )
-        starts = torch.randint(len(tokens) - window, (samples,), generator=generator)
-        return tokens[starts[:, None] + torch.arange(window)]
+        return tokens[: count * window].view(count, window)
 
     def evaluation_tokens(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Token ids [N] of the evaluation text, joined and tokenized once."""
@@ -116,6 +126,21 @@ class Corpus:
         joined = text.joiner.join(text.documents(split))
         ids = tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
+
+
+def _windows_at_random(
+    tokens: torch.Tensor, samples: int, window: int, generator: torch.Generator, name: str
+) -> torch.Tensor:
+    """Ids [samples, window] cut out of ids [N]. Raises RunError when those are not more than a window."""
+    import torch
+
+    if len(tokens) <= window:
+        raise RunError(
+            f"{name}: the calibration text has {len(tokens)} tokens, less than one window of "
+            f"{window}; use a longer text or a smaller calibration.window"
+        )
+    starts = torch.randint(len(tokens) - window, (samples,), generator=generator)
+    return tokens[starts[:, None] + torch.arange(window)]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -145,33 +145,66 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 # ------------------------------------------------------------------------------------------------ where they come from
 
 
-class ExampleSource(Protocol):
-    """Prompts with responses to train on."""
+class Texts(NamedTuple):
+    """What a method trains on, and what it looks at meanwhile without training on it."""
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> list[Example]:
-        """The examples, in an order that depends on the seed alone. Raises RunError when there is none."""
+    train: Data
+    held_out: Data
+
+
+class TextSource(Protocol):
+    """Texts to train on."""
+
+    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> Texts:
+        """The texts, in an order that depends on the seed alone. Raises RunError when there is none."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of the calibration text, at random places; held out: its last twentieth.
+
+    samples: how many. window: how many tokens each. held_out: how many windows to look at.
+    """
+
+    samples: int
+    window: int
+    held_out: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("window", 2), ("held_out", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"examples.{name}={getattr(self, name)}: must be at least {least}")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> Texts:
+        """See TextSource."""
+        train = corpus.training_windows(tokenizer, generator, self.samples, self.window)
+        return Texts(train, corpus.held_out_windows(tokenizer, self.held_out, self.window))
 
 
 @dataclass(frozen=True)
 class Continuations:
     """The calibration text itself: the beginning of a window is the prompt, what follows it the response.
 
-    samples: how many. prompt_tokens and response_tokens: how long the two parts are.
+    samples: how many. prompt_tokens and response_tokens: how long the two parts are. held_out: how many to look at,
+    from the last twentieth of the text.
     """
 
     samples: int
     prompt_tokens: int
     response_tokens: int
+    held_out: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("samples", "prompt_tokens", "response_tokens"):
+        for name in ("samples", "prompt_tokens", "response_tokens", "held_out"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"examples.{name}={getattr(self, name)}: must be at least 1")
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> list[Example]:
-        """See ExampleSource."""
-        length = self.prompt_tokens + self.response_tokens
-        windows = corpus.training_windows(tokenizer, generator, self.samples, length).tolist()
+    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> Texts:
+        """See TextSource."""
+        windows = Windows(self.samples, self.prompt_tokens + self.response_tokens, self.held_out)
+        return Texts(*(self._split(part.tolist()) for part in windows.read(tokenizer, corpus, generator)))
+
+    def _split(self, windows: list[list[int]]) -> list[Example]:
         return [Example(window[: self.prompt_tokens], window[self.prompt_tokens :]) for window in windows]
 
 
@@ -181,8 +214,8 @@ class ExampleFile:
 
     prompt and response: templates of the fields in braces, "Question: {question}\\nAnswer:". chat: put the prompt into
     the tokenizer's chat template as the user's turn. maximum_tokens: longer examples are left out (how many is said).
-    broken: what to do with a line that is no JSON object with these fields: "refuse" or "skip" it, with its number.
-    limit: read so many at most.
+    broken: what to do with a line that is no JSON object: "refuse" or "skip" it, with its number. limit: read so many
+    at most. held_out: the last so many are only looked at.
     """
 
     path: str
@@ -192,6 +225,7 @@ class ExampleFile:
     maximum_tokens: int = 512
     broken: Literal["refuse", "skip"] = "refuse"
     limit: int | None = None
+    held_out: int = 16
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -200,11 +234,13 @@ class ExampleFile:
             raise ConfigError(f"method.examples.path={self.path}: there is no such file")
         if self.maximum_tokens < 2:
             raise ConfigError(f"method.examples.maximum_tokens={self.maximum_tokens}: must be at least 2")
+        if self.held_out < 1:
+            raise ConfigError(f"method.examples.held_out={self.held_out}: must be at least 1")
         if self.broken not in ("refuse", "skip"):
             raise ConfigError(f"method.examples.broken={self.broken}: choose refuse or skip")
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> list[Example]:
-        """See ExampleSource."""
+    def read(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, generator: torch.Generator) -> Texts:
+        """See TextSource."""
         examples, long = [], 0
         for row in json_rows(Path(self.path), self.broken):
             try:
@@ -221,14 +257,15 @@ class ExampleFile:
             examples.append(example)
             if len(examples) == self.limit:
                 break
-        if not examples:
+        if len(examples) <= self.held_out:
             raise RunError(
-                f"{self.path}: no example of at most {self.maximum_tokens} tokens in it ({long} are longer); "
-                "raise method.examples.maximum_tokens or choose another file"
+                f"{self.path}: {len(examples)} examples of at most {self.maximum_tokens} tokens in it ({long} are "
+                f"longer), not more than the {self.held_out} that are held out; raise method.examples.maximum_tokens "
+                "or choose another file"
             )
         if long:
             print(f"{self.path}: {long} examples of more than {self.maximum_tokens} tokens left out", flush=True)
-        return examples
+        return Texts(examples[: -self.held_out], examples[-self.held_out :])
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, chat: bool = False) -> Example:
