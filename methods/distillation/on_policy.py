@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from methods.examples import Batch, Example
-from methods.training import TrainingSettings, language_modeling_loss, train, weighted_mean
+from harness.errors import ConfigError
+from methods.distillation.students import settled
+from methods.distillation.white_box import fit
+from methods.examples import Batch, Example, Texts
+from methods.training import Loss, TrainingSettings, language_modeling_loss, weighted_mean
 
 if TYPE_CHECKING:
-    from harness.method import Bench
+    from harness.method import Bench, LanguageModel
     from methods.distillation.sampling import Responses
+    from methods.examples import TextSource
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,39 @@ class WarmStart:
         steps = round(self.share * training.steps)
         early = replace(training, steps=steps, learning_rate=self.learning_rate)
         return early, replace(training, steps=training.steps - steps)
+
+
+def read_examples(source: TextSource, lm: LanguageModel, bench: Bench) -> Texts:
+    """Texts that have prompts. Raises ConfigError for a source of plain windows."""
+    texts = source.read(lm.tokenizer, bench.corpus, bench.generator)
+    if isinstance(texts.train, Tensor):
+        raise ConfigError(
+            "method.examples gives plain windows of text, but responses are written to prompts: use "
+            "examples@method.examples=continuations, or =file"
+        )
+    return texts
+
+
+def trained_student(
+    student: LanguageModel,
+    texts: Texts,
+    warm_start: WarmStart,
+    data: Sequence[Example],
+    loss: Loss,
+    training: TrainingSettings,
+    bench: Bench,
+    what: str,
+    **more: Any,
+) -> LanguageModel:
+    """Warm up a student on the texts, then train it by `loss` on `data`; `more` goes to `train`.
+
+    Both parts are on one curve; the held-out texts are looked at in both.
+    """
+    early, late = warm_start.split(training)
+    first = replace(bench, scratch=bench.scratch / "warm-start")
+    fit(student, texts, language_modeling_loss, early, first, f"{what}: warm start")
+    fit(student, Texts(data, texts.held_out), loss, late, bench, what, first_step=early.steps, **more)
+    return settled(student)
 
 
 def with_responses(examples: Sequence[Example], batch: Batch, responses: Responses) -> Batch:

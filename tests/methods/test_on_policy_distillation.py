@@ -33,15 +33,15 @@ from methods.distillation.minillm import (
     reward_to_go,
     whitened,
 )
-from methods.distillation.on_policy import with_responses
+from methods.distillation.on_policy import WarmStart, read_examples, with_responses
 from methods.distillation.sampling import Sampling, sample, uniform_numbers
 from methods.distillation.sequence_kd import SequenceKD
-from methods.examples import Batch, Example
+from methods.examples import Batch, Example, Texts, Windows
 from methods.training import TrainingSettings, language_modeling_loss
 from tests.harness.tiny_models import language_model
 
 VOCABULARY, LENGTH = 3, 3
-NONE = TrainingSettings(steps=0, learning_rate=0.0)
+NONE = WarmStart(0.0, 0.0)
 SOME = TrainingSettings(steps=6, learning_rate=1e-3, batch_size=2, checkpoint_steps=2)
 
 
@@ -405,8 +405,9 @@ class Shaken:
 class Given:
     """Examples of the tests."""
 
-    def read(self, tokenizer, corpus, generator) -> list[Example]:
-        return [Example([5 + row, 6, 7 + row][: 1 + row % 3], [20 + row, 30]) for row in range(7)]
+    def read(self, tokenizer, corpus, generator) -> Texts:
+        texts = [Example([5 + row, 6, 7 + row][: 1 + row % 3], [20 + row, 30]) for row in range(9)]
+        return Texts(texts[:7], texts[7:])
 
 
 def bench(scratch: Path) -> Bench:
@@ -416,15 +417,15 @@ def bench(scratch: Path) -> Bench:
 
 
 def methods() -> dict[str, object]:
-    common = {"student": Shaken(), "examples": Given(), "sampling": Sampling(5), "warm_start": replace(SOME, steps=3)}
+    common = {"student": Shaken(), "examples": Given(), "sampling": Sampling(5), "warm_start": WarmStart(1 / 3, 3e-3)}
     text = ReadText(samples=8, tokens=16, kd_share=0.5)
-    long = replace(SOME, steps=10)
+    settings = replace(SOME, steps=9)
     rounds = OfficialUpdate(rollouts=4, epochs=2)  # four steps a round
     return {
-        "sequence_kd": SequenceKD(**common, training=SOME, loss="both"),
-        "gkd": GKD(**common, training=SOME, divergence=Divergence("jensen_shannon"), on_policy=0.5),
-        "minillm": MiniLLM(**common, training=SOME, text=text),
-        "official": MiniLLM(**common, training=long, text=text, variant="official", official=rounds),
+        "sequence_kd": SequenceKD(**common, training=settings, loss="both"),
+        "gkd": GKD(**common, training=settings, divergence=Divergence("jensen_shannon"), on_policy=0.5),
+        "minillm": MiniLLM(**common, training=settings, text=text),
+        "official": MiniLLM(**common, training=replace(SOME, steps=15), text=text, variant="official", official=rounds),
     }
 
 
@@ -439,14 +440,13 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("name", methods())
 def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_student(name, tmp_path, monkeypatch):
-    """Warm start 3 steps, then killed after 5 more, in the middle of the second round of the authors' code."""
+    """Killed after the warm start and some steps more: of the authors' code in the middle of the second round."""
     whole = compressed(name, tmp_path / "whole")
-    original, steps = TrainingLog.point, []
+    original, stop = TrainingLog.point, 11 if name == "official" else 7
 
     def point(self, curve, step, value):
         original(self, curve, step, value)
-        steps.append(step)
-        if curve == "training loss" and step == 8:
+        if curve == "training loss" and step == stop:
             raise Killed
 
     monkeypatch.setattr(TrainingLog, "point", point)
@@ -503,7 +503,7 @@ def test_what_the_teacher_wrote_is_read_again_after_a_kill(tmp_path, monkeypatch
     asked = []
     original = sequence_kd.sample
     monkeypatch.setattr(sequence_kd, "sample", lambda *given: asked.append(1) or original(*given))
-    examples = Given().read(None, None, None)
+    examples = Given().read(None, None, None).train
     settings = Sampling(4, batch_size=3)
     first = sequence_kd.teacher_responses(language_model(2), examples, settings, bench(tmp_path))
     assert len(asked) == 3
@@ -512,6 +512,17 @@ def test_what_the_teacher_wrote_is_read_again_after_a_kill(tmp_path, monkeypatch
     assert len(asked) == 4
     assert first == again
     assert [example.prompt for example in first] == [example.prompt for example in examples]
+
+
+def test_the_warm_start_is_a_share_of_the_steps():
+    early, late = WarmStart(0.25, 7e-4).split(replace(SOME, steps=10))
+    assert (early.steps, late.steps) == (2, 8)
+    assert (early.learning_rate, late.learning_rate) == (7e-4, SOME.learning_rate)
+
+
+def test_windows_without_prompts_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="examples@method.examples=continuations"):
+        read_examples(Windows(4, 16), language_model(2), bench(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -530,6 +541,7 @@ def test_what_the_teacher_wrote_is_read_again_after_a_kill(tmp_path, monkeypatch
             ),
             "rollouts=3: must be a multiple of the 2 responses",
         ),
+        (lambda: WarmStart(1.0, 1e-3), "warm_start.share=1"),
         (lambda: ReadText(weight=-1.0), "text.weight=-1"),
         (lambda: ReadText(kd_share=2.0), "text.kd_share=2"),
         (lambda: OfficialUpdate(clip=1.5), "clip=1.5"),
