@@ -196,9 +196,9 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
     swept. A method that does not calibrate does not depend on calibration settings.
     """
-    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "evaluation", "seed")}
     corpus = _by_content(config["corpus"])
-    kept["model"] = _by_content(config["model"])
+    kept["method"], kept["model"] = _by_content(config["method"]), _by_content(config["model"])
     kept["calibration"] = config["calibration"]
     if not config["card"].get("calibrates", True):
         corpus.pop("calibration", None)

@@ -7,6 +7,7 @@ A smaller checkpoint, the teacher with blocks taken out, or fresh weights of a s
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Pattern = Literal["maximal_gap", "input", "output", "middle", "both"]
 PATTERNS = ("maximal_gap", "input", "output", "middle", "both")
+log = logging.getLogger(__name__)
+
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # what a tokenizer can do differently: spaces, case, digits, code, other scripts, control characters
 PROBES = (
@@ -52,7 +55,7 @@ class Student(Protocol):
 class Truncated:
     """The teacher with some decoder blocks taken out; everything else is copied.
 
-    keep: share of the blocks that stay, rounded; the first and the last always do.
+    keep: share of the blocks that stay, rounded; the first and the last always do, so that two blocks stay two.
     pattern: where blocks are taken from: right after the first ("input"), right before the last ("output"), from the
         middle, from both ends, or evenly spread ("maximal_gap").
     """
@@ -70,8 +73,16 @@ class Truncated:
 
     def make(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """See Student."""
+        return truncated(base, self.blocks(base, bench))
+
+    def blocks(self, base: LanguageModel, bench: Bench) -> list[int]:
+        """Numbers of the blocks that stay; how many they are goes into the log, loudly when that is all."""
         count = len(decoder_blocks(base.module)[1])
-        return truncated(base, kept_blocks(count, round(self.keep * count), self.pattern))
+        kept = kept_blocks(count, max(round(self.keep * count), min(2, count)), self.pattern)
+        bench.log.point("blocks left", 0, len(kept))
+        if len(kept) == count and self.keep < 1:
+            log.warning("keep=%s was asked for, of %s blocks that takes out none", self.keep, count)
+        return kept
 
 
 @dataclass(frozen=True)
