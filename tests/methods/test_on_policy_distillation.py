@@ -429,9 +429,10 @@ def methods() -> dict[str, object]:
     }
 
 
-def compressed(name: str, scratch: Path) -> list[torch.Tensor]:
-    made = methods()[name].compress(language_model(2), bench(scratch))
-    return [parameter.detach().clone() for parameter in made.module.parameters()]
+def compressed(name: str, scratch: Path) -> tuple[list[torch.Tensor], TrainingLog]:
+    run = bench(scratch)
+    made = methods()[name].compress(language_model(2), run)
+    return [parameter.detach().clone() for parameter in made.module.parameters()], run.log
 
 
 class Killed(Exception):
@@ -441,7 +442,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("name", methods())
 def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_student(name, tmp_path, monkeypatch):
     """Killed after the warm start and some steps more: of the authors' code in the middle of the second round."""
-    whole = compressed(name, tmp_path / "whole")
+    whole, log = compressed(name, tmp_path / "whole")
     original, stop = TrainingLog.point, 11 if name == "official" else 7
 
     def point(self, curve, step, value):
@@ -453,7 +454,11 @@ def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_student(name, tmp_pa
     with pytest.raises(Killed):
         compressed(name, tmp_path / "killed")
     monkeypatch.setattr(TrainingLog, "point", original)
-    resumed = compressed(name, tmp_path / "killed")
+    resumed, after = compressed(name, tmp_path / "killed")
+    first = 10 if name == "official" else 6  # after the checkpoint before: at the end of a round, or of two steps
+    assert next(iter(after.curves["training loss"])) == first
+    assert all(after.curves["training loss"][step] == log.curves["training loss"][step] for step in range(first, 10))
+    assert after.tokens == log.tokens
     assert all(torch.equal(one, two) for one, two in zip(resumed, whole, strict=True))
     start = list(Shaken().make(language_model(2), bench(tmp_path)).module.parameters())
     assert not all(torch.equal(one, two) for one, two in zip(start, whole, strict=True))
@@ -521,7 +526,7 @@ def test_the_warm_start_is_a_share_of_the_steps():
 
 
 def test_windows_without_prompts_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="examples@method.examples=continuations"):
+    with pytest.raises(ConfigError, match=r"examples@method.examples=continuations"):
         read_examples(Windows(4, 16), language_model(2), bench(tmp_path))
 
 
