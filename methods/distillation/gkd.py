@@ -21,6 +21,7 @@ from methods.distillation.on_policy import (
     first_learned,
     logits_from,
     read_examples,
+    require_whole_model,
     response_mean,
     trained_student,
     with_responses,
@@ -64,6 +65,8 @@ class GKD:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
+        if self.on_policy:
+            require_whole_model("GKD")
         texts = read_examples(self.examples, base, bench)
         return trained_student(
             self.student.make(base, bench),

@@ -32,6 +32,7 @@ from methods.distillation.on_policy import (
     learned,
     logits_from,
     read_examples,
+    require_whole_model,
     response_mean,
     targets_from,
     trained_student,
@@ -171,6 +172,7 @@ class MiniLLM:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
+        require_whole_model("MiniLLM")
         texts = read_examples(self.examples, base, bench)
         windows = self.text.windows(base, bench)
         teaching = Teaching(self, base.module, texts.train, end_marks(base), windows)

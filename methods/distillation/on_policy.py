@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,15 @@ def read_examples(source: TextSource, lm: LanguageModel, bench: Bench) -> Texts:
             "examples@method.examples=continuations, or =file"
         )
     return texts
+
+
+def require_whole_model(what: str) -> None:
+    """Raise ConfigError where the trained model is sharded: a process alone could not write with its part."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            f"{what} writes with the student that it trains, which FSDP would shard over processes; launch it data "
+            "parallel (accelerate launch --multi_gpu)"
+        )
 
 
 def trained_student(

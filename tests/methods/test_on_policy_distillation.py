@@ -36,11 +36,12 @@ from methods.distillation.minillm import (
 from methods.distillation.on_policy import WarmStart, read_examples, with_responses
 from methods.distillation.sampling import Sampling, sample, uniform_numbers
 from methods.distillation.sequence_kd import SequenceKD
-from methods.examples import Batch, Example, Texts, Windows
-from methods.training import TrainingSettings, language_modeling_loss
+from methods.examples import Batch, Continuations, Example, Texts, Windows
+from methods.training import TrainingSettings, held_out_loss, language_modeling_loss
 from tests.harness.tiny_models import language_model
 
 VOCABULARY, LENGTH = 3, 3
+BOTH = ("forward_kl", "reverse_kl")
 NONE = WarmStart(0.0, 0.0)
 SOME = TrainingSettings(steps=6, learning_rate=1e-3, batch_size=2, checkpoint_steps=2)
 
@@ -391,13 +392,15 @@ def test_the_losses_of_sequence_level_distillation():
 class Shaken:
     """A student of the teacher's shape whose weights were moved."""
 
+    by: float = 0.3
+
     def make(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         from harness.engines.transformers import TransformersEngine
 
         module = copy.deepcopy(base.module).requires_grad_(False)
         generator = torch.Generator().manual_seed(5)
         for parameter in module.parameters():
-            parameter.add_(0.3 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(self.by * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
         return LanguageModel(module, base.tokenizer, TransformersEngine(module), base.storage_dtype)
 
 
@@ -517,6 +520,40 @@ def test_what_the_teacher_wrote_is_read_again_after_a_kill(tmp_path, monkeypatch
     assert len(asked) == 4
     assert first == again
     assert [example.prompt for example in first] == [example.prompt for example in examples]
+
+
+def apart(student: nn.Module, teacher: nn.Module, corpus: Corpus, tokenizer) -> float:
+    """KL(p‖q) + KL(q‖p) of the responses of held-out text, nats per token."""
+    held_out = [Example(row[:8], row[8:]) for row in corpus.held_out_windows(tokenizer, 8, 32).tolist()]
+    return sum(held_out_loss(student, held_out, distillation_loss(teacher, Divergence(kind))) for kind in BOTH)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_student_comes_nearer_to_its_teacher(name, trained, generated_corpus, tmp_path):
+    """Without a warm start: all that moves the student is the method."""
+    made = replace(
+        methods()[name],
+        student=Shaken(0.7),
+        examples=Continuations(32, prompt_tokens=8, response_tokens=24),
+        sampling=Sampling(24),
+        warm_start=NONE,
+        training=TrainingSettings(steps=24, learning_rate=2e-3, batch_size=4, schedule="constant"),
+    )
+    run = replace(bench(tmp_path), corpus=generated_corpus)
+    start = made.student.make(trained, run).module
+    found = made.compress(trained, run)
+    before, after = (
+        apart(module, trained.module, generated_corpus, trained.tokenizer) for module in (start, found.module)
+    )
+    assert after < 0.7 * before
+    assert len(run.log.curves["training loss"]) == 24
+
+
+def test_a_sharded_student_cannot_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name in ("gkd", "minillm"):
+        with pytest.raises(ConfigError, match="launch it data parallel"):
+            methods()[name].compress(language_model(2), bench(tmp_path))
 
 
 def test_the_warm_start_is_a_share_of_the_steps():
