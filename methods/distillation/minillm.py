@@ -329,7 +329,8 @@ def reward_to_go(rewards: Tensor, discount: float = 1.0, include_own: bool = Tru
     ahead = columns[:, None] - columns  # [K, K]: how far the row's reward lies ahead of the column
     start = 0 if include_own else 1
     powers = discount ** (ahead - start).clamp(min=0).to(rewards.dtype)
-    return rewards @ powers.masked_fill(ahead < start, 0)
+    with torch.autocast(rewards.device.type, enabled=False):  # not in bfloat16 where the models' products are
+        return rewards @ powers.masked_fill(ahead < start, 0)
 
 
 def remaining(mask: Tensor) -> Tensor:

@@ -400,7 +400,8 @@ class Shaken:
         module = copy.deepcopy(base.module).requires_grad_(False)
         generator = torch.Generator().manual_seed(5)
         for parameter in module.parameters():
-            parameter.add_(self.by * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.add_(self.by * parameter.std(correction=0) * noise)
         return LanguageModel(module, base.tokenizer, TransformersEngine(module), base.storage_dtype)
 
 
@@ -547,6 +548,27 @@ def test_a_student_comes_nearer_to_its_teacher(name, trained, generated_corpus, 
     )
     assert after < 0.7 * before
     assert len(run.log.curves["training loss"]) == 24
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", methods())
+def test_it_runs_on_a_gpu_in_mixed_precision(name, tmp_path):
+    base = language_model(2)
+    base.module.cuda()
+    method = methods()[name]
+    run = bench(tmp_path)
+    found = replace(method, training=replace(method.training, mixed_precision=True)).compress(base, run)
+    assert found.module.device.type == "cuda"
+    assert all(parameter.isfinite().all() for parameter in found.module.parameters())
+    assert len(run.log.curves["training loss"]) == method.training.steps
+
+
+def test_rewards_are_not_summed_in_half_precision():
+    rewards = torch.full((1, 300), 1.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reward_to_go(rewards)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, reward_to_go(rewards))
 
 
 def test_a_sharded_student_cannot_write(monkeypatch, tmp_path):
