@@ -87,6 +87,8 @@ QUANTITIES = (
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
+    Quantity("peak_compress_bytes", "comp. GB", _significant(3), scale=1e-9),
+    Quantity("training_tokens", "train. k", _significant(3), scale=1e-3),
 )
 
 
@@ -360,7 +362,8 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
             found[prefix] = value
 
     walk("method", record.config.get("method"))
-    walk("calibration", record.config.get("calibration"))
+    if record.card.get("calibrates", True) is True:
+        walk("calibration", record.config.get("calibration"))
     return found
 
 
