@@ -188,8 +188,9 @@ class MiniLLM:
         made = self.student.make(base, bench)
         student = trained_student(made, texts, self.warm_start, texts.train, loss, training, bench, "MiniLLM", **update)
         if windows is not None:
-            late = self.warm_start.split(training)[1]
-            bench.log.tokens += late.texts * processes() * windows.shape[1]
+            early = self.warm_start.settings(training)
+            passes = (training.steps - early.steps) * training.gradient_accumulation * processes()
+            bench.log.tokens += passes * training.batch_size * windows.shape[1]
         return student
 
 

@@ -25,26 +25,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Language modelling on the data's responses first: a student learns to write before it learns from what it writes.
+    """Language modelling first: a student learns to write before it learns from what it writes.
 
     The papers start from students that were fine-tuned on the data; one that has just lost layers babbles.
-    share: of all steps that go into it; the rest is distillation. learning_rate: of these steps.
+    share: of all steps that go into it; the rest is distillation. learning_rate, batch_size, gradient_accumulation: of
+        these steps. examples: what they read; None: the examples of the method.
     """
 
     share: float
     learning_rate: float
+    batch_size: int
+    gradient_accumulation: int = 1
+    examples: TextSource | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise ConfigError(f"warm_start.share={self.share}: must be at least 0 (none) and less than 1")
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"warm_start.learning_rate={self.learning_rate}: must not be negative")
+        self.settings(TrainingSettings(0, 0.0))
 
-    def split(self, training: TrainingSettings) -> tuple[TrainingSettings, TrainingSettings]:
-        """Settings of the warm start, and of what follows: together as many steps as `training` has."""
-        steps = round(self.share * training.steps)
-        early = replace(training, steps=steps, learning_rate=self.learning_rate)
-        return early, replace(training, steps=training.steps - steps)
+    def settings(self, training: TrainingSettings) -> TrainingSettings:
+        """Those of the warm start, where all steps together are those of `training`."""
+        return replace(
+            training,
+            steps=round(self.share * training.steps),
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+        )
 
 
 def read_examples(source: TextSource, lm: LanguageModel, bench: Bench) -> Texts:
@@ -67,6 +74,20 @@ def require_whole_model(what: str) -> None:
         )
 
 
+def warmed_up(
+    student: LanguageModel, texts: Texts, warm_start: WarmStart, training: TrainingSettings, bench: Bench, what: str
+) -> TrainingSettings:
+    """Warm up a student, in place; what is left of the steps of `training`."""
+    early = warm_start.settings(training)
+    if early.steps:
+        if warm_start.examples is not None:
+            own = warm_start.examples.read(student.tokenizer, bench.corpus, bench.generator)
+            texts = Texts(own.train, texts.held_out)  # one curve of held-out loss, on one set of texts
+        first = replace(bench, scratch=bench.scratch / "warm-start")
+        fit(student, texts, language_modeling_loss, early, first, f"{what}: warm start")
+    return replace(training, steps=training.steps - early.steps)
+
+
 def trained_student(
     student: LanguageModel,
     texts: Texts,
@@ -78,14 +99,9 @@ def trained_student(
     what: str,
     **more: Any,
 ) -> LanguageModel:
-    """Warm up a student on the texts, then train it by `loss` on `data`; `more` goes to `train`.
-
-    Both parts are on one curve; the held-out texts are looked at in both.
-    """
-    early, late = warm_start.split(training)
-    first = replace(bench, scratch=bench.scratch / "warm-start")
-    fit(student, texts, language_modeling_loss, early, first, f"{what}: warm start")
-    fit(student, Texts(data, texts.held_out), loss, late, bench, what, first_step=early.steps, **more)
+    """Warm up a student, then train it by `loss` on `data`; `more` goes to `train`. Both parts are on one curve."""
+    late = warmed_up(student, texts, warm_start, training, bench, what)
+    fit(student, Texts(data, texts.held_out), loss, late, bench, what, first_step=training.steps - late.steps, **more)
     return settled(student)
 
 

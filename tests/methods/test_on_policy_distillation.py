@@ -33,7 +33,7 @@ from methods.distillation.minillm import (
     reward_to_go,
     whitened,
 )
-from methods.distillation.on_policy import WarmStart, read_examples, with_responses
+from methods.distillation.on_policy import WarmStart, read_examples, warmed_up, with_responses
 from methods.distillation.sampling import Sampling, sample, uniform_numbers
 from methods.distillation.sequence_kd import SequenceKD
 from methods.examples import Batch, Continuations, Example, Texts, Windows
@@ -42,7 +42,7 @@ from tests.harness.tiny_models import language_model
 
 VOCABULARY, LENGTH = 3, 3
 BOTH = ("forward_kl", "reverse_kl")
-NONE = WarmStart(0.0, 0.0)
+NONE = WarmStart(0.0, 0.0, 1)
 SOME = TrainingSettings(steps=6, learning_rate=1e-3, batch_size=2, checkpoint_steps=2)
 
 
@@ -421,7 +421,12 @@ def bench(scratch: Path) -> Bench:
 
 
 def methods() -> dict[str, object]:
-    common = {"student": Shaken(), "examples": Given(), "sampling": Sampling(5), "warm_start": WarmStart(1 / 3, 3e-3)}
+    common = {
+        "student": Shaken(),
+        "examples": Given(),
+        "sampling": Sampling(5),
+        "warm_start": WarmStart(1 / 3, 3e-3, 2, examples=Windows(6, 12, 2)),
+    }
     text = ReadText(samples=8, tokens=16, kd_share=0.5)
     settings = replace(SOME, steps=9)
     rounds = OfficialUpdate(rollouts=4, epochs=2)  # four steps a round
@@ -578,10 +583,17 @@ def test_a_sharded_student_cannot_write(monkeypatch, tmp_path):
             methods()[name].compress(language_model(2), bench(tmp_path))
 
 
-def test_the_warm_start_is_a_share_of_the_steps():
-    early, late = WarmStart(0.25, 7e-4).split(replace(SOME, steps=10))
-    assert (early.steps, late.steps) == (2, 8)
-    assert (early.learning_rate, late.learning_rate) == (7e-4, SOME.learning_rate)
+def test_the_warm_start_is_a_share_of_the_steps(tmp_path):
+    """Language modelling on texts of its own, in the first steps of all, and nothing else when nothing follows."""
+    student, run = Shaken().make(language_model(2), bench(tmp_path)), bench(tmp_path)
+    texts = Given().read(None, None, None)
+    warm = WarmStart(0.25, 7e-4, 3, 2, Windows(4, 16, 2))
+    settings = warm.settings(replace(SOME, steps=10))
+    assert settings == replace(SOME, steps=2, learning_rate=7e-4, batch_size=3, gradient_accumulation=2)
+    late = warmed_up(student, texts, warm, replace(SOME, steps=10), run, "test")
+    assert late == replace(SOME, steps=8)
+    assert run.log.tokens == 2 * 3 * 2 * 16
+    assert warmed_up(student, texts, NONE, SOME, run, "test") == SOME
 
 
 def test_windows_without_prompts_are_refused(tmp_path):
@@ -605,7 +617,8 @@ def test_windows_without_prompts_are_refused(tmp_path):
             ),
             "rollouts=3: must be a multiple of the 2 responses",
         ),
-        (lambda: WarmStart(1.0, 1e-3), "warm_start.share=1"),
+        (lambda: WarmStart(1.0, 1e-3, 1), "warm_start.share=1"),
+        (lambda: WarmStart(0.5, 1e-3, 0), "batch_size=0"),
         (lambda: ReadText(weight=-1.0), "text.weight=-1"),
         (lambda: ReadText(kd_share=2.0), "text.kd_share=2"),
         (lambda: OfficialUpdate(clip=1.5), "clip=1.5"),
