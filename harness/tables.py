@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import markup
+from harness.curve_plot import learning_curves
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record, write_text_atomically
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
@@ -751,11 +752,16 @@ def write_table(table: Table, records: Sequence[RunRecord], folder: Path, strict
     for suffix, content in (
         ("md", f"{to_markdown(title, blocks, absent)}\n{source}\n"),
         ("tex", to_latex(title, blocks, absent)),
-        ("html", to_html(title, blocks, absent)),
+        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
         ("csv", to_csv(shown)),
     ):
         write_text_atomically(content, folder / f"{table.name}.{suffix}")
     return to_markdown(title, blocks, absent, width=_terminal_width())
+
+
+def _curve_title(record: RunRecord) -> str:
+    bits = f", {record.bits} bits" if record.bits is not None else ""
+    return f"{_title(record)}{bits} ({record.model}, {record.id[:6]})"
 
 
 LISTED = "\n".join(f"  {table.name}  {table.number:>3}  {table.title}" for table in TABLES)
