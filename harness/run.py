@@ -476,7 +476,13 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
     if cost.get("training_tokens"):
         on += f", {cost['training_tokens']} tokens of training"
-    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
+    found = [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
+    counts = cost.get("counts") or {}
+    if "teacher tokens" in counts:  # what a teacher was asked for; training is its price, too
+        asked = f"{counts['teacher prompts']} prompts of {counts['teacher prompt tokens']} tokens"
+        found.append(Measurement("teacher_tokens", counts["teacher tokens"], "tokens", asked, "lower"))
+        found.append(Measurement("training_tokens", cost["training_tokens"], "tokens", "", "lower"))
+    return found
 
 
 def _environment(hardware: environment.Hardware) -> dict[str, Any]:
