@@ -20,6 +20,7 @@ from harness.errors import ConfigError, RunError
 from harness.json_lines import Broken, numbered_rows, pass_over
 
 Split = Literal["train", "test"]
+MISSES = 200  # questions in a row that were there before, after which there are no more
 TEST_EVERY = 5  # one question in five is asked where a file has no splits of its own
 
 
@@ -110,20 +111,21 @@ class ArithmeticProblems:
 
     def read(self, split: Split) -> Iterator[Problem]:
         """See Problems. All questions differ; the first ones train."""
-        draw, seen = random.Random(self.seed), set()
+        draw, seen, misses = random.Random(self.seed), set(), 0
         wanted = self.train + self.test
-        for _ in range(200 * wanted):
+        while len(seen) < wanted:
             problem = _arithmetic(draw, draw.randint(*self.operations))
+            misses = misses + 1 if problem.id in seen else 0
+            if misses == MISSES:
+                raise RunError(
+                    f"there are about {len(seen)} different questions of {list(self.operations)} operations, "
+                    f"not {wanted}; ask for fewer, or for more operations"
+                )
             if problem.id in seen:
                 continue
             seen.add(problem.id)
             if (len(seen) <= self.train) == (split == "train"):
                 yield problem
-            if len(seen) == wanted:
-                return
-        raise RunError(
-            f"only {len(seen)} different questions were found, not {wanted}; ask for fewer or more operations"
-        )
 
 
 def _arithmetic(draw: random.Random, operations: int) -> Problem:

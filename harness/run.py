@@ -481,6 +481,10 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     if cost.get("training_tokens"):
         on += f", {cost['training_tokens']} tokens of training"
         found.append(Measurement("training_tokens", cost["training_tokens"], "tokens", "while compressing", "lower"))
+    counts = cost.get("counts") or {}
+    if "teacher tokens" in counts:
+        asked = f"{counts['teacher prompts']} prompts of {counts['teacher prompt tokens']} tokens"
+        found.append(Measurement("teacher_tokens", counts["teacher tokens"], "tokens", asked, "lower"))
     where = "peak_device_bytes" if cost.get("peak_device_bytes") is not None else "peak_host_bytes"
     if cost.get(where) is not None:
         memory = "device memory" if where == "peak_device_bytes" else "the process, libraries included"
