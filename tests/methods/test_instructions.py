@@ -133,3 +133,23 @@ def test_a_reserve_gives_each_instruction_once_the_alike_and_the_unlike(bench):
         ((_, (answer,)),) = ask([Request("", seed)])
         assert answer.text == "Response to Name a tree."
         assert next(iter(ask([Request("", made("Unknown?", ""))])))[1] == []
+
+
+def test_instructions_of_both_kinds_of_files(tmp_path):
+    import json
+
+    from harness.problems import TaskProblems
+
+    rows = [
+        {"instruction": "Sort.", "input": "b a", "output": "a b"},
+        {"instruction": "Sort.", "instances": [{"input": "d c", "output": "c d"}]},
+        {"instruction": "Name a tree.", "instances": [{"input": "", "output": "Oak."}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in rows), encoding="utf-8")
+    found = list(TaskProblems("instructions", "instruction", "text", str(path)).read("train"))
+    assert [(p.question, p.context, p.gold) for p in found] == [
+        ("Sort.", "b a", "a b"),
+        ("Sort.", "d c", "c d"),
+        ("Name a tree.", "", "Oak."),
+    ]

@@ -194,3 +194,18 @@ def test_a_verifier_with_weight_keeps_what_it_likes():
 def test_a_program_that_does_not_end_is_cut():
     assert search_lines(lambda live: [[Step("x", -1.0)] for _ in live], never, 2, 0.0, 4) == ["x"] * 4
     assert search_lines(lambda live: [[] for _ in live], never, 2, 0.0, 4) == []
+
+
+def test_problems_of_known_forms_carry_programs(tmp_path):
+    """GSM8K's annotations and SVAMP's equations run to their answers."""
+    from harness.problems import TaskProblems
+
+    rows = {
+        "gsm8k": {"question": "How much?", "answer": SOLUTION},
+        "svamp": {"Body": "8 birds", "Question": "Less 2?", "Equation": "( 8.0 - 2.0 )", "Answer": 6.0},
+    }
+    for form, row in rows.items():
+        path = tmp_path / f"{form}.jsonl"
+        path.write_text(json.dumps(row | {"split": "train"}) + "\n", encoding="utf-8")
+        (problem,) = TaskProblems(form, form, "number", str(path)).read("train")
+        assert same_number(Sandbox().run(problem.program).value, problem.gold)
