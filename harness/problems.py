@@ -30,7 +30,8 @@ class Problem:
 
     gold: the right answer, as the rule of its problems reads it. context: what is read before the question.
     rationale: a worked solution without the final answer. equation: arithmetic whose value is the answer.
-    program: Python that leaves the answer in the variable `answer`, or returns it from `solution()`. steps: (sub-question, its solution) in order.
+    program: Python that leaves the answer in the variable `answer`, or returns it from `solution()`.
+    steps: (sub-question, its solution) in order.
     facts: what has to be known.
     """
 
