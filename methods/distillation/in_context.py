@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class InContext:
     new_tokens: int = 24
     batch: int = 16
     seed: int = 0
+
+    calculator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, key in (("example", "{question}"), ("example", "{answer}"), ("question", "{question}")):
@@ -272,7 +274,8 @@ class InContextDistillation:
         found, labels = [], []
         for episode in self.drawn_episodes(bench.generator.initial_seed()):
             while True:
-                example = tokenized(lm.tokenizer, self.decoding.prompt(episode), self.decoding.space + episode.question.gold)
+                answer = self.decoding.space + episode.question.gold
+                example = tokenized(lm.tokenizer, self.decoding.prompt(episode), answer)
                 if len(example) <= longest or not episode.examples:
                     break
                 episode = replace(episode, examples=episode.examples[1:])

@@ -52,6 +52,8 @@ class Instructed:
     new_tokens: int = 128
     batch: int = 32
 
+    calculator: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name in ("new_tokens", "batch"):
             if getattr(self, name) < 1:

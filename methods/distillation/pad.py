@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -60,6 +60,8 @@ class Programs:
     most_lines: int = 24
     batch: int = 32
     sandbox: Sandbox = field(default_factory=Sandbox)
+
+    calculator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, text, fields in (

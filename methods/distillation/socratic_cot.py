@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from harness.decoding import complete
 from harness.errors import ConfigError
@@ -48,6 +48,8 @@ class Socratic:
     question_tokens: int = 128
     solution_tokens: int = 64
     batch: int = 32
+
+    calculator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         needed = {

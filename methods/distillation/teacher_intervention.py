@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class Intervention:
     batch: int = 16
     seed: int = 0
     cache: str | None = None
+
+    calculator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.ranking not in RANKINGS:
