@@ -52,7 +52,7 @@ class ContrastiveTeacher:
     model: ModelSource | None = None
     strength: float = 0.5
     plausible: float | None = None
-    batch: int = 8
+    batch: int = 32
 
     recorded: ClassVar[bool] = False
 
