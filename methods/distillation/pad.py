@@ -19,7 +19,7 @@ from harness.decoding import complete, complete_ids, encode
 from harness.errors import ConfigError
 from methods.distillation.lessons import Lesson, View, teach, write
 from methods.distillation.programs import Step, corrupted, normalised, read_program, same_number, search_lines
-from methods.distillation.sandbox import Outcome, Run, Sandbox
+from methods.distillation.sandbox import Outcome, Run, Sandbox, kernel_layers
 from methods.distillation.students import settled
 from methods.distillation.text_teachers import Request, Sampling
 
@@ -211,6 +211,14 @@ class PaD:
         for name, least in (("corruptions", 0), ("rounds", 0), ("own_problems", 1), ("repair_weight", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"method.{name}={getattr(self, name)}: must be at least {least}")
+
+    def check_available(self) -> None:
+        """Raise ConfigError where programs cannot be run safely: before a model loads."""
+        if self.decoding.sandbox.kernel_required and not kernel_layers():
+            raise ConfigError(
+                "PaD runs programs that a model wrote, and this system isolates no process; run on Linux outside of a "
+                "container that forbids it, or set method.decoding.sandbox.kernel_required=false for models you trust"
+            )
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Ask, run, keep, corrupt, learn; then learn from the student's own mistakes."""

@@ -13,12 +13,13 @@ from harness.progress import NoProgress
 from methods.distillation.lessons import write
 from methods.distillation.pad import PaD, Programs, closed, written
 from methods.distillation.programs import read_program, same_number
-from methods.distillation.sandbox import Outcome, Sandbox
+from methods.distillation.sandbox import Outcome, Sandbox, kernel_layers
 from methods.distillation.students import Truncated
 from methods.distillation.text_teachers import Answer, Sampling, WorkedTeacher
 from methods.training import TrainingSettings
 from tests.harness.tiny_models import language_model
 
+pytestmark = pytest.mark.skipif(not kernel_layers(), reason="this kernel isolates no process")
 PROMPT, REPAIR = "Q: {question}\n", "Q: {question}\nWrong:\n{program}\nError: {error}\n"
 DECODING = Programs(PROMPT, REPAIR, new_tokens=24)
 TRAINING = TrainingSettings(steps=2, learning_rate=1e-3, batch_size=2)

@@ -20,8 +20,9 @@ from methods.distillation.programs import (
     same_number,
     search_lines,
 )
-from methods.distillation.sandbox import Sandbox
+from methods.distillation.sandbox import Sandbox, kernel_layers
 
+pytestmark = pytest.mark.skipif(not kernel_layers(), reason="this kernel isolates no process")
 GSM8K = Path(os.environ.get("BENCHMARK_DATA", "/nowhere"))
 SOLUTION = (
     "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day, 05 hours.\n"
