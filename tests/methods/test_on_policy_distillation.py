@@ -368,6 +368,26 @@ def test_no_gradient_runs_through_the_writing():
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("name", ["gkd", "sequence_kd"])
+def test_neither_padding_nor_what_is_said_of_prompts_counts(name):
+    """The width of a batch changes nothing, and nothing is learned from predictions inside a prompt."""
+    student, teacher = Table(1), Table(2)
+    loss = distillation_loss(teacher, Divergence("forward_kl"))
+    if name == "sequence_kd":
+        loss = SequenceKD(None, None, Sampling(4), SOME, NONE, "both").training_loss(teacher)
+    batch = batch_of([[1], [2]], prompt=(0, 1))
+    wider = replace(
+        batch,
+        tokens=nn.functional.pad(batch.tokens, (0, 2), value=1),
+        attention=nn.functional.pad(batch.attention, (0, 2)),
+        weights=nn.functional.pad(batch.weights, (0, 2)),
+    )
+    gradients = [gradient(loss(student, some), student) for some in (batch, wider)]
+    torch.testing.assert_close(*gradients)
+    moved = gradients[0].abs().sum(1).nonzero().flatten().tolist()
+    assert moved == [(0 + 1) * VOCABULARY + 1 + 1]  # the row of the whole prompt (0, 1) alone
+
+
 def test_the_losses_of_sequence_level_distillation():
     """nll is that of the text, kd that of the teacher's distribution, both is between; all see responses alone."""
     student, teacher = language_model(1).module, language_model(2).module
