@@ -329,7 +329,7 @@ def _trainer(
             if prepare is not None:
                 for index, batch in enumerate(batches):
                     drawn = _generator(seed, self.state.global_step, index)
-                    with torch.no_grad():
+                    with torch.no_grad(), self.accelerator.autocast():  # as the losses are computed
                         batches[index] = prepare(module, Batch.from_dict(batch).to(device), drawn).as_dict()
             total = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
             if processes() > 1:

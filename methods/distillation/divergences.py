@@ -126,6 +126,9 @@ def by_positions(function: Callable[..., Tensor], logits: Tensor, *others: Tenso
 
     What the function computes inside is not kept for the backward pass but computed again there.
     """
+    if logits.ndim > 2 and not logits.is_contiguous():  # logits[:, :-1], say: flattening would copy them
+        rows = zip(*(tensor.unbind() for tensor in (logits, *others)), strict=True)
+        return torch.stack([by_positions(function, *row) for row in rows])
     shape, width = logits.shape[:-1], logits.shape[-1]
     rows = max(1, CHUNK_NUMBERS // width)
     flat = [logits.reshape(-1, width), *(other.reshape(-1, *other.shape[len(shape) :]) for other in others)]

@@ -16,32 +16,41 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from methods.distillation.divergences import Divergence
-from methods.distillation.on_policy import first_learned, logits_from, response_mean, start_warm, with_responses
+from methods.distillation.on_policy import (
+    WarmStart,
+    first_learned,
+    logits_from,
+    read_examples,
+    require_whole_model,
+    response_mean,
+    trained_student,
+    with_responses,
+)
 from methods.distillation.sampling import Sampling, end_marks, sample, uniform_numbers
 from methods.examples import Batch, Example
-from methods.training import Loss, Prepare, TrainingSettings, train
+from methods.training import Loss, Prepare, TrainingSettings
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
     from methods.distillation.students import Student
-    from methods.examples import ExampleSource
+    from methods.examples import TextSource
 
 
 @dataclass(frozen=True)
 class GKD:
     """Distillation on a mixture of the data's responses and the student's own.
 
-    student: what learns. examples: prompts and responses. warm_start: language modelling before, see `start_warm`.
+    student: what learns. examples: prompts and responses. warm_start: language modelling first, in the same steps.
     on_policy: λ, share of the batches whose responses the student writes.
     reduction: "sequence", the mean over responses of the mean over their tokens, as in the paper, or "token".
     """
 
     student: Student
-    examples: ExampleSource
+    examples: TextSource
     divergence: Divergence
     sampling: Sampling
     training: TrainingSettings
-    warm_start: TrainingSettings
+    warm_start: WarmStart
     on_policy: float = 0.5
     reduction: Literal["sequence", "token"] = "sequence"
 
@@ -56,21 +65,20 @@ class GKD:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
-        examples = self.examples.read(base.tokenizer, bench.corpus, bench.generator)
-        student = self.student.make(base, bench)
-        start_warm(student.module, examples, self.warm_start, bench)
-        train(
-            student.module,
-            list(student.module.parameters()),
-            examples,
+        if self.on_policy:
+            require_whole_model("GKD")
+        texts = read_examples(self.examples, base, bench)
+        return trained_student(
+            self.student.make(base, bench),
+            texts,
+            self.warm_start,
+            texts.train,
             distillation_loss(base.module, self.divergence),
             self.training,
             bench,
             "GKD",
-            first_step=self.warm_start.steps,
-            prepare=self.prepare(examples, end_marks(base)),
+            prepare=self.prepare(texts.train, end_marks(base)),
         )
-        return student
 
     def prepare(self, examples: Sequence[Example], ends: Sequence[int]) -> Prepare:
         """Throws the coin of a batch: its own responses stay, or the student writes others."""

@@ -27,22 +27,25 @@ from methods.distillation.divergences import (
     token_log_probabilities,
 )
 from methods.distillation.on_policy import (
+    WarmStart,
     first_learned,
     learned,
     logits_from,
+    read_examples,
+    require_whole_model,
     response_mean,
-    start_warm,
     targets_from,
+    trained_student,
     with_responses,
 )
 from methods.distillation.sampling import Sampling, end_marks, sample, uniform_numbers
 from methods.examples import Batch, Example
-from methods.training import TrainingSettings, process_rank, processes, train
+from methods.training import TrainingSettings, process_rank, processes
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
     from methods.distillation.students import Student
-    from methods.examples import ExampleSource
+    from methods.examples import TextSource
 
 REVERSE_KL = Divergence("reverse_kl")
 
@@ -68,6 +71,12 @@ class ReadText:
             raise ConfigError(f"text.kd_share={self.kd_share}: must lie between 0 and 1")
         if self.samples < 1 or self.tokens < 2:
             raise ConfigError(f"text.samples={self.samples}, text.tokens={self.tokens}: must be at least 1 and 2")
+
+    def windows(self, lm: LanguageModel, bench: Bench) -> Tensor | None:
+        """The text as ids [samples, tokens]; None where none is read."""
+        if not self.weight:
+            return None
+        return bench.corpus.training_windows(lm.tokenizer, bench.generator, self.samples, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -118,17 +127,17 @@ class MiniLLM:
     """Reverse KL of responses by policy gradients.
 
     student: what learns. examples: where prompts are from; their responses are for the warm start alone.
-    warm_start: language modelling before, see `start_warm`.
+    warm_start: language modelling first, in the same steps.
     variant: "paper" or "official" (the authors' code); `paper` and `official` are what either needs.
     teacher_share: α of the mixture αp + (1-α)q that responses are drawn from.
     text: language modelling beside.
     """
 
     student: Student
-    examples: ExampleSource
+    examples: TextSource
     sampling: Sampling
     training: TrainingSettings
-    warm_start: TrainingSettings
+    warm_start: WarmStart
     text: ReadText
     variant: Literal["paper", "official"] = "paper"
     teacher_share: float = 0.2
@@ -163,36 +172,25 @@ class MiniLLM:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
-        examples = self.examples.read(base.tokenizer, bench.corpus, bench.generator)
-        student = self.student.make(base, bench)
-        windows = None
-        if self.text.weight:
-            windows = bench.corpus.training_windows(
-                base.tokenizer, bench.generator, self.text.samples, self.text.tokens
-            )
-            bench.log.tokens += self.training.texts * processes() * self.text.tokens
-        start_warm(student.module, examples, self.warm_start, bench)
-        teaching = Teaching(self, base.module, examples, end_marks(base), windows)
-        settings, prepare, loss, after, state = self.training, teaching.fresh, teaching.paper_loss, None, []
+        require_whole_model("MiniLLM")
+        texts = read_examples(self.examples, base, bench)
+        windows = self.text.windows(base, bench)
+        teaching = Teaching(self, base.module, texts.train, end_marks(base), windows)
+        training, update = self.training, {"prepare": teaching.fresh}
+        loss = teaching.paper_loss
         if self.variant == "official":
             rounds = Rounds(teaching, bench.generator.initial_seed(), base.module.device)
-            prepare, loss, after, state = rounds.prepare, teaching.official_loss, rounds.after_step, [rounds.step]
+            loss = teaching.official_loss
+            update = {"prepare": rounds.prepare, "after_step": rounds.after_step, "state": [rounds.step]}
             # responses of a round are in no checkpoint: a resumed run must begin with a round to have the same ones
-            whole = -(-settings.checkpoint_steps // self.steps_per_round) * self.steps_per_round
-            settings = replace(settings, checkpoint_steps=whole)
-        train(
-            student.module,
-            list(student.module.parameters()),
-            examples,
-            loss,
-            settings,
-            bench,
-            "MiniLLM",
-            after_step=after,
-            state=state,
-            first_step=self.warm_start.steps,
-            prepare=prepare,
-        )
+            whole = -(-training.checkpoint_steps // self.steps_per_round) * self.steps_per_round
+            training = replace(training, checkpoint_steps=whole)
+        made = self.student.make(base, bench)
+        student = trained_student(made, texts, self.warm_start, texts.train, loss, training, bench, "MiniLLM", **update)
+        if windows is not None:
+            early = self.warm_start.settings(training)
+            passes = (training.steps - early.steps) * training.gradient_accumulation * processes()
+            bench.log.tokens += passes * training.batch_size * windows.shape[1]
         return student
 
 
@@ -332,13 +330,13 @@ def reward_to_go(rewards: Tensor, discount: float = 1.0, include_own: bool = Tru
     ahead = columns[:, None] - columns  # [K, K]: how far the row's reward lies ahead of the column
     start = 0 if include_own else 1
     powers = discount ** (ahead - start).clamp(min=0).to(rewards.dtype)
-    return rewards @ powers.masked_fill(ahead < start, 0)
+    with torch.autocast(rewards.device.type, enabled=False):  # not in bfloat16 where the models' products are
+        return rewards @ powers.masked_fill(ahead < start, 0)
 
 
 def remaining(mask: Tensor) -> Tensor:
     """How many tokens of the response are left at each of its tokens, itself included: bool [B, K] -> [B, K]."""
-    counts = mask.long()
-    return counts.flip(1).cumsum(1).flip(1)
+    return mask * mask.flip(1).cumsum(1).flip(1)
 
 
 def padded_last(values: Tensor) -> Tensor:

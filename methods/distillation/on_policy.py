@@ -3,28 +3,106 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from methods.examples import Batch, Example
-from methods.training import TrainingSettings, language_modeling_loss, train, weighted_mean
+from harness.errors import ConfigError
+from methods.distillation.students import settled
+from methods.distillation.white_box import fit
+from methods.examples import Batch, Example, Texts
+from methods.training import Loss, TrainingSettings, language_modeling_loss, weighted_mean
 
 if TYPE_CHECKING:
-    from harness.method import Bench
+    from harness.method import Bench, LanguageModel
     from methods.distillation.sampling import Responses
+    from methods.examples import TextSource
 
 
-def start_warm(module: nn.Module, data: Sequence[Example], settings: TrainingSettings, bench: Bench) -> None:
-    """Language modelling on the responses of the data: a student learns to write before it learns from what it writes.
+@dataclass(frozen=True)
+class WarmStart:
+    """Language modelling first: a student learns to write before it learns from what it writes.
 
-    The papers start from students that were fine-tuned on the data; a model that has just lost layers babbles.
+    The papers start from students that were fine-tuned on the data; one that has just lost layers babbles.
+    share: of all steps that go into it; the rest is distillation. learning_rate, batch_size, gradient_accumulation: of
+        these steps. examples: what they read; None: the examples of the method.
     """
-    early = replace(bench, scratch=bench.scratch / "warm-start")
-    train(module, list(module.parameters()), data, language_modeling_loss, settings, early, "warm start")
+
+    share: float
+    learning_rate: float
+    batch_size: int
+    gradient_accumulation: int = 1
+    examples: TextSource | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"warm_start.share={self.share}: must be at least 0 (none) and less than 1")
+        self.settings(TrainingSettings(0, 0.0))
+
+    def settings(self, training: TrainingSettings) -> TrainingSettings:
+        """Those of the warm start, where all steps together are those of `training`."""
+        return replace(
+            training,
+            steps=round(self.share * training.steps),
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+        )
+
+
+def read_examples(source: TextSource, lm: LanguageModel, bench: Bench) -> Texts:
+    """Texts that have prompts. Raises ConfigError for a source of plain windows."""
+    texts = source.read(lm.tokenizer, bench.corpus, bench.generator)
+    if isinstance(texts.train, Tensor):
+        raise ConfigError(
+            "method.examples gives plain windows of text, but responses are written to prompts: use "
+            "examples@method.examples=continuations, or =file"
+        )
+    return texts
+
+
+def require_whole_model(what: str) -> None:
+    """Raise ConfigError where the trained model is sharded: a process alone could not write with its part."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            f"{what} writes with the student that it trains, which FSDP would shard over processes; launch it data "
+            "parallel (accelerate launch --multi_gpu)"
+        )
+
+
+def warmed_up(
+    student: LanguageModel, texts: Texts, warm_start: WarmStart, training: TrainingSettings, bench: Bench, what: str
+) -> TrainingSettings:
+    """Warm up a student, in place; what is left of the steps of `training`."""
+    early = warm_start.settings(training)
+    if early.steps:
+        if warm_start.examples is not None:
+            own = warm_start.examples.read(student.tokenizer, bench.corpus, bench.generator)
+            texts = Texts(own.train, texts.held_out)  # one curve of held-out loss, on one set of texts
+        first = replace(bench, scratch=bench.scratch / "warm-start")
+        fit(student, texts, language_modeling_loss, early, first, f"{what}: warm start")
+    return replace(training, steps=training.steps - early.steps)
+
+
+def trained_student(
+    student: LanguageModel,
+    texts: Texts,
+    warm_start: WarmStart,
+    data: Sequence[Example],
+    loss: Loss,
+    training: TrainingSettings,
+    bench: Bench,
+    what: str,
+    **more: Any,
+) -> LanguageModel:
+    """Warm up a student, then train it by `loss` on `data`; `more` goes to `train`. Both parts are on one curve."""
+    late = warmed_up(student, texts, warm_start, training, bench, what)
+    fit(student, Texts(data, texts.held_out), loss, late, bench, what, first_step=training.steps - late.steps, **more)
+    return settled(student)
 
 
 def with_responses(examples: Sequence[Example], batch: Batch, responses: Responses) -> Batch:

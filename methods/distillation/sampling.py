@@ -101,7 +101,8 @@ def sample(
     for writer in writers:
         _check_length(writer, tokens.shape[1] + sampling.new_tokens)
     readers = [Reader(writer, mask.to(_device(writer))) for writer in writers]
-    uniforms, step, stops = uniforms.to(device), tokens.to(device), torch.tensor(list(ends), device=device)
+    uniforms, step = uniforms.to(device), tokens.to(device)
+    stops = torch.tensor(list(ends), dtype=torch.long, device=device)
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     written, kept, importance = [], [], []
     for numbers in uniforms.unbind(1):

@@ -16,15 +16,23 @@ from torch import Tensor, nn
 from harness.errors import ConfigError
 from methods.block_training import BlockTensors
 from methods.distillation.divergences import cross_entropy, token_log_probabilities
-from methods.distillation.on_policy import first_learned, logits_from, response_mean, start_warm, targets_from
+from methods.distillation.on_policy import (
+    WarmStart,
+    first_learned,
+    logits_from,
+    read_examples,
+    response_mean,
+    targets_from,
+    trained_student,
+)
 from methods.distillation.sampling import Sampling, end_marks, sample, uniform_numbers
 from methods.examples import Batch, Example
-from methods.training import Loss, TrainingSettings, language_modeling_loss, train
+from methods.training import Loss, TrainingSettings, language_modeling_loss
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
     from methods.distillation.students import Student
-    from methods.examples import ExampleSource
+    from methods.examples import TextSource
 
 LOSSES = ("nll", "kd", "both")
 
@@ -39,10 +47,10 @@ class SequenceKD:
     """
 
     student: Student
-    examples: ExampleSource
+    examples: TextSource
     sampling: Sampling
     training: TrainingSettings
-    warm_start: TrainingSettings
+    warm_start: WarmStart
     loss: Literal["nll", "kd", "both"] = "nll"
     kd_share: float = 0.5
 
@@ -55,21 +63,18 @@ class SequenceKD:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Let `base` write, make a student, train it on what was written."""
-        examples = self.examples.read(base.tokenizer, bench.corpus, bench.generator)
-        student = self.student.make(base, bench)
-        written = teacher_responses(base, examples, self.sampling, bench)
-        start_warm(student.module, examples, self.warm_start, bench)
-        train(
-            student.module,
-            list(student.module.parameters()),
+        texts = read_examples(self.examples, base, bench)
+        written = teacher_responses(base, texts.train, self.sampling, bench)
+        return trained_student(
+            self.student.make(base, bench),
+            texts,
+            self.warm_start,
             written,
             self.training_loss(base.module),
             self.training,
             bench,
-            "sequence-level distillation",
-            first_step=self.warm_start.steps,
+            "sequence-level KD",
         )
-        return student
 
     def training_loss(self, teacher: nn.Module) -> Loss:
         """The chosen loss against this teacher."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -47,10 +47,11 @@ def fit(
     what: str,
     first_step: int = 0,
     extra: list[nn.Parameter] | None = None,
+    **more: Any,
 ) -> None:
     """Train all weights of a student, in place, and look at the held-out texts meanwhile.
 
-    extra: parameters beside the student's that the loss brings along.
+    extra: parameters beside the student's that the loss brings along. more: further arguments of `train`.
     """
     parameters = [*student.module.parameters(), *(extra or [])]
     train(
@@ -63,4 +64,5 @@ def fit(
         what,
         first_step=first_step,
         validate=lambda: held_out_loss(student.module, texts.held_out),
+        **more,
     )
