@@ -30,7 +30,8 @@ class Problem:
 
     gold: the right answer, as the rule of its problems reads it. context: what is read before the question.
     rationale: a worked solution without the final answer. equation: arithmetic whose value is the answer.
-    program: Python that leaves the answer in the variable `answer`. steps: (sub-question, its solution) in order.
+    program: Python that leaves the answer in the variable `answer`, or returns it from `solution()`.
+    steps: (sub-question, its solution) in order.
     facts: what has to be known.
     """
 
@@ -243,7 +244,12 @@ def _split_of(row: dict[str, Any], problem: Problem) -> Split:
 
 
 def _gsm8k(row: dict[str, Any]) -> Problem:
-    """Solutions end in "#### answer"; in the Socratic form every line is "sub-question ** solution"."""
+    """Solutions end in "#### answer"; in the Socratic form every line is "sub-question ** solution".
+
+    What its calculator annotations say is a program.
+    """
+    from methods.distillation.programs import annotated_program
+
     reasoned, _, gold = row["answer"].rpartition("####")
     if not gold.strip():
         raise ValueError('the answer has no "####"')
@@ -252,7 +258,9 @@ def _gsm8k(row: dict[str, Any]) -> Problem:
     socratic = all(len(part) == 2 for part in parts)
     steps = tuple((question.strip(), solution.strip()) for question, solution in parts) if socratic else ()
     rationale = "\n".join(solution for _, solution in steps) if socratic else "\n".join(lines)
-    return made(row["question"].strip(), gold.strip().replace(",", ""), rationale=rationale, steps=steps)
+    program = annotated_program(reasoned) or ""
+    gold = gold.strip().replace(",", "")
+    return made(row["question"].strip(), gold, rationale=rationale, steps=steps, program=program)
 
 
 def _svamp(row: dict[str, Any]) -> Problem:
@@ -268,7 +276,8 @@ def _svamp(row: dict[str, Any]) -> Problem:
     if stated is None:
         raise ValueError(f"the equation {equation!r} has no value")
     gold = f"{float(stated):g}"
-    return made(question.strip(), gold, equation=" ".join(equation.split()), rationale="")
+    equation = " ".join(equation.split())
+    return made(question.strip(), gold, equation=equation, program=f"answer = {equation}")
 
 
 def _aqua(row: dict[str, Any]) -> Problem:
@@ -313,6 +322,13 @@ def _question_answer(row: dict[str, Any]) -> Problem:
     return made(row["question"].strip(), str(row["answer"]).strip(), choices=tuple(row.get("choices") or ()), **more)
 
 
+def _instruction(row: dict[str, Any]) -> Problem:
+    """An instruction, the input it comes with and a response: Alpaca's fields, or Self-Instruct's first instance."""
+    instance = (row.get("instances") or [row])[0]
+    context, response = instance.get("input") or "", instance["output"]
+    return made(row["instruction"].strip(), response.strip(), context=context.strip())
+
+
 FORMS: dict[str, Callable[[dict[str, Any]], Problem]] = {
     "gsm8k": _gsm8k,
     "svamp": _svamp,
@@ -321,4 +337,5 @@ FORMS: dict[str, Callable[[dict[str, Any]], Problem]] = {
     "inference": _inference,
     "strategyqa": _strategyqa,
     "question_answer": _question_answer,
+    "instruction": _instruction,
 }

@@ -194,7 +194,7 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-def _answers_file(bench: Bench) -> Path:
+def answers_file(bench: Bench) -> Path:
     return (bench.cache or bench.scratch) / "answers.sqlite"
 
 
@@ -230,7 +230,7 @@ class EngineTeacher:
         if self.chat_template and not lm.tokenizer.chat_template:
             raise RunError("text_teacher.chat_template=true, but this model's tokenizer has no chat template")
         identity = {"weights": weights_digest(lm), "chat_template": self.chat_template}
-        with closing(KeptAnswers(_answers_file(bench))) as kept:
+        with closing(KeptAnswers(answers_file(bench))) as kept:
             yield asking(identity, lambda samples: self._answer(lm, samples), kept, bench, 4 * self.batch)
 
     def _answer(self, lm: LanguageModel, samples: list[Sample]) -> Iterator[tuple[int, Answer]]:
@@ -351,7 +351,7 @@ class EndpointTeacher:
             )
         identity = {"url": url, "model": self.model, "interface": self.interface}
         pace = _Pace(self.requests_per_minute)
-        with closing(KeptAnswers(_answers_file(bench))) as kept, ThreadPoolExecutor(self.parallel) as workers:
+        with closing(KeptAnswers(answers_file(bench))) as kept, ThreadPoolExecutor(self.parallel) as workers:
 
             def answer(samples: list[Sample]) -> Iterator[tuple[int, Answer]]:
                 from concurrent.futures import as_completed
