@@ -138,7 +138,7 @@ class Lessons(Sequence[Lesson]):
         self._file.seek(self._places[index])
         row = json.loads(self._file.readline())
         views = {name: View(*texts) for name, texts in row["views"].items()}
-        soft = [(ids, chances) for ids, chances in row["soft"]]
+        soft = tuple((ids, chances) for ids, chances in row["soft"])
         return Lesson(views, row["weight"], row["problem"], row["origin"], soft)
 
     def __reduce__(self) -> tuple:
