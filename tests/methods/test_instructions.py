@@ -144,6 +144,7 @@ def test_instructions_of_both_kinds_of_files(tmp_path):
         {"instruction": "Sort.", "input": "b a", "output": "a b"},
         {"instruction": "Sort.", "instances": [{"input": "d c", "output": "c d"}]},
         {"instruction": "Name a tree.", "instances": [{"input": "", "output": "Oak."}]},
+        {"prompt": "Yes or no?\n", "completion": "no<|endoftext|>", "template": "ask"},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in rows), encoding="utf-8")
@@ -152,4 +153,5 @@ def test_instructions_of_both_kinds_of_files(tmp_path):
         ("Sort.", "b a", "a b"),
         ("Sort.", "d c", "c d"),
         ("Name a tree.", "", "Oak."),
+        ("Yes or no?", "", "no"),
     ]
