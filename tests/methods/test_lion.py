@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.answers import rule_named
+from harness.answers import rouge_l, rule_named, words
 from harness.errors import ConfigError
 from harness.method import TrainingLog
 from harness.problems import made
-from methods.distillation.instructions import Instructed, Pool, ReserveTeacher, rouge_l, words
+from methods.distillation.instructions import Instructed, Pool, ReserveTeacher
 from methods.distillation.lion import (
     Lion,
     difference,
