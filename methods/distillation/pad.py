@@ -176,9 +176,16 @@ def without_blank_lines(program: str) -> str:
 
 
 def written(outcome: Outcome) -> str:
-    """The value of a program as people write it: 18, not 18.0."""
+    """The value of a program as people write it: 18 and not 18.0, yes and not True."""
     value = outcome.value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def is_right(outcome: Outcome, problem: Problem) -> bool:
+    """Whether a program ran to the problem's answer."""
+    return outcome.kind == "value" and same_number(written(outcome), problem.gold)
 
 
 @dataclass(frozen=True)
@@ -265,7 +272,7 @@ class PaD:
                 outcome = run(program)
                 counts["answers"] += 1
                 counts[f"programs: {outcome.kind}"] += 1
-                if outcome.kind != "value" or not same_number(outcome.value, request.problem.gold):
+                if not is_right(outcome, request.problem):
                     continue
                 counts["right programs"] += 1
                 same = normalised(program)
@@ -281,7 +288,7 @@ class PaD:
         found = 0
         for _, source in corrupted(program, generator) if self.corruptions else ():
             outcome = run(source)
-            if outcome.kind != "value" or not same_number(outcome.value, problem.gold):
+            if not is_right(outcome, problem):
                 yield source, outcome
                 found += 1
                 if found == self.corruptions:
@@ -297,7 +304,7 @@ class PaD:
         problems = [problem for problem in self.problems.read("train") if problem.id in wanted]
         once = replace(self.decoding, repairs=0)
         for problem, (program, outcome) in zip(problems, once.solve(student, problems, bench.progress), strict=True):
-            if outcome.kind == "value" and same_number(outcome.value, problem.gold):
+            if is_right(outcome, problem):
                 continue
             right = wanted[problem.id]
             prompt = self.decoding.repair(problem.fields()["question"], program, outcome)

@@ -11,7 +11,7 @@ from harness.errors import ConfigError
 from harness.problems import ArithmeticProblems, made
 from harness.progress import NoProgress
 from methods.distillation.lessons import write
-from methods.distillation.pad import PaD, Programs, closed, written
+from methods.distillation.pad import PaD, Programs, closed, is_right, written
 from methods.distillation.programs import read_program, same_number
 from methods.distillation.sandbox import Outcome, Sandbox, kernel_layers
 from methods.distillation.students import Truncated
@@ -130,6 +130,9 @@ def test_beginnings_are_closed(lines, program):
 
 def test_numbers_are_written_as_people_do():
     assert [written(Outcome("value", v)) for v in (18.0, 0.1 + 0.2, 7, "no")] == ["18", "0.3", "7", "no"]
+    assert [written(Outcome("value", v)) for v in (True, False)] == ["yes", "no"]
+    assert is_right(Outcome("value", True), made("Is it?", "yes"))
+    assert not is_right(Outcome("error", None), made("Is it?", "None"))
 
 
 def test_one_beam_of_one_line_at_a_time_is_greedy():
