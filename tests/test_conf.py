@@ -249,9 +249,13 @@ def test_a_value_of_a_method_can_be_set_for_a_whole_sweep():
 # ------------------------------------------------------------------------------------------- students of words
 
 
-@pytest.mark.parametrize("problems", [name for name in options("problems") if name != "file"])
-def test_all_problems_compose_and_build(problems):
+@pytest.mark.parametrize("problems", options("problems"))
+def test_all_problems_compose_and_build(problems, tmp_path):
     config = resolved(f"problems={problems}")["problems"]
+    if not config.get("path", "?") and not config.get("repository"):  # only a file of the user's has them
+        file = tmp_path / "rows.jsonl"
+        file.touch()
+        config |= {"path": str(file)}
     assert hasattr(make(config, "problems"), "read")
 
 
