@@ -34,6 +34,8 @@ GROUPS = {  # the order in which help lists them
     "examples": "texts that students train on: examples@method.examples=NAME",
     "grid": "numbers that weights are rounded to: grid@method.grid=NAME",
     "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
+    "problems": "questions with right answers that students are taught on and asked",
+    "text_teacher": "who answers questions for students that learn from words",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }

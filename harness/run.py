@@ -197,9 +197,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     swept. A method that does not calibrate does not depend on calibration settings; one that trains on as much of the
     calibration text as its own settings say (`calibrates: text`) depends on the text, not on the settings.
     """
-    kept = {key: config[key] for key in ("card", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "seed")}
     corpus = _by_content(config["corpus"])
-    kept["method"], kept["model"] = _by_content(config["method"]), _by_content(config["model"])
+    for section in ("model", "method", "evaluation"):
+        kept[section] = _by_content(config[section])
     kept["calibration"] = config["calibration"]
     calibrates = config["card"].get("calibrates", True)
     if not calibrates:
@@ -219,7 +220,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         if isinstance(value, dict):
             kept[key] = _by_content(value)
-        elif key == "path" and value and Path(value).exists():
+        elif (key == "path" or key.endswith("_path")) and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
         elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value
@@ -395,7 +396,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     scratch.mkdir(parents=True, exist_ok=True)
     learned = TrainingLog(scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
-    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics))
+    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics), Path(cache))
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -417,6 +418,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates is True else 0,
         "training_tokens": learned.tokens,
         "spared_seconds": learned.spared_seconds,
+        "counts": dict(learned.counts),
     }
     if not calibrates:
         provenance.pop("calibration")
@@ -479,6 +481,10 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     if cost.get("training_tokens"):
         on += f", {cost['training_tokens']} tokens of training"
         found.append(Measurement("training_tokens", cost["training_tokens"], "tokens", "while compressing", "lower"))
+    counts = cost.get("counts") or {}
+    if "teacher tokens" in counts:
+        asked = f"{counts['teacher prompts']} prompts of {counts['teacher prompt tokens']} tokens"
+        found.append(Measurement("teacher_tokens", counts["teacher tokens"], "tokens", asked, "lower"))
     where = "peak_device_bytes" if cost.get("peak_device_bytes") is not None else "peak_host_bytes"
     if cost.get(where) is not None:
         memory = "device memory" if where == "peak_device_bytes" else "the process, libraries included"

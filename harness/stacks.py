@@ -47,6 +47,9 @@ def flatten(cfg: DictConfig) -> DictConfig:
         methods.append(OmegaConf.to_container(own.method, resolve=True))
     names = [card["name"] for card in cards]
     stack = {"_target_": "methods.stack.Stack", "names": names, "steps": methods}
+    asked = [method["decoding"] for method in methods if method.get("decoding")]
+    if asked:  # a student is asked as it was taught, whatever was done to it since
+        stack["decoding"] = asked[-1]
     return OmegaConf.create({**whole, "card": _card(cards), "method": stack})
 
 

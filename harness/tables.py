@@ -81,7 +81,9 @@ QUANTITIES = (
     Quantity("perplexity", "PPL", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("kl_divergence", "KL nats", _significant(3), every_workload=True),
     Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
+    Quantity("accuracy_before", "before %", _fixed(1), scale=100, every_workload=True),
     Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
+    Quantity("accuracy_with_calculator", "calculator %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
@@ -89,6 +91,7 @@ QUANTITIES = (
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
     Quantity("peak_compress_bytes", "comp. GB", _significant(3), scale=1e-9),
+    Quantity("teacher_tokens", "teach. k", _significant(3), scale=1e-3),
     Quantity("training_tokens", "train. k", _significant(3), scale=1e-3),
 )
 
@@ -211,10 +214,23 @@ def _hardware_name(record: RunRecord) -> str:
 def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) -> list[Block]:
     """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
     rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
-    split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
+    split = [_one_dense(b) for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
     return [_block(records, table.groups) for records in split]
+
+
+def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
+    """A block in which one dense model stands once, however many ways its students were asked before they were taught.
+
+    What it answered in each way is in the rows of those students.
+    """
+    dense = [record for record in records if _name(record) == DENSE.name]
+    asked = {m.on for record in records for m in record.measurements if m.metric == "accuracy_before"}
+    if len(dense) < 2 or not asked:
+        return records
+    kept = [m for m in dense[0].measurements if not (m.metric.startswith("accuracy") and m.on in asked)]
+    return [replace(dense[0], measurements=kept), *(record for record in records if _name(record) != DENSE.name)]
 
 
 def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:

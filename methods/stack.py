@@ -22,15 +22,21 @@ from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, QuantizedLinear, pack_linear
 
 if TYPE_CHECKING:
+    from harness.decoding import Decoding
     from harness.method import Bench, LanguageModel, Method
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Methods in the order in which they are applied; names: what each is called, for messages and scratch folders."""
+    """Methods in the order in which they are applied.
+
+    names: what each is called, for messages and scratch folders. decoding: how the last student among them is asked; a
+    probe reads it.
+    """
 
     steps: Sequence[Method]
     names: Sequence[str]
+    decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
         if len(self.steps) < 2 or len(self.steps) != len(self.names):

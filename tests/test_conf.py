@@ -121,11 +121,14 @@ def test_every_experiment_composes_and_sweeps_over_known_names(experiment):
 
 
 def test_changing_the_method_changes_nothing_else():
-    """Equal terms: calibration, text, evaluation, seed and grid come from shared configuration."""
+    """Equal terms: calibration, text, evaluation, seed and grid come from shared configuration.
+
+    What questions are asked, and of whom, is part of some methods: they bring their own unless told otherwise.
+    """
     first = resolved("method=rtn", "bits=3")
     common = first["method"]["grid"]
     for config in (resolved(f"method={name}", "bits=3") for name in COMPRESSING):
-        for section in set(first) - {"method", "card"}:
+        for section in set(first) - {"method", "card", "problems", "text_teacher"}:
             assert config[section] == first[section], (config["card"]["name"], section)
         grid = config["method"].get("grid")
         if grid and not config["card"]["departures"]:
@@ -241,3 +244,39 @@ def test_a_value_of_a_method_can_be_set_for_a_whole_sweep():
     assert sweepable(swept[1:]) == swept[1:]  # one run: a wrong name is Hydra's to refuse
     with pytest.raises(ConfigError, match="dampling"):
         run.build(resolved("method=gptq", *sweepable(["-m", "method.dampling=1"])[1:]))
+
+
+# ------------------------------------------------------------------------------------------- students of words
+
+
+@pytest.mark.parametrize("problems", [name for name in options("problems") if name != "file"])
+def test_all_problems_compose_and_build(problems):
+    config = resolved(f"problems={problems}")["problems"]
+    assert hasattr(make(config, "problems"), "read")
+
+
+def test_students_are_asked_as_they_are_taught_and_so_is_what_they_are_compared_with():
+    config = resolved("method=step_by_step", "evaluation=answers")
+    probe = config["evaluation"]["probes"]["answers"]
+    assert probe["decoding"] == config["method"]["decoding"]
+    assert probe["problems"] == config["method"]["problems"] == config["problems"]
+    twin = run.dense_twin(config)
+    assert twin["evaluation"]["probes"]["answers"] == probe
+    assert resolved("method=dense", "evaluation=answers")["evaluation"]["probes"]["answers"]["decoding"] is None
+
+
+def test_a_student_that_is_quantized_is_still_asked_as_it_was_taught():
+    config = stacked("method=[step_by_step,rtn]", "evaluation=answers")
+    taught = resolved("method=step_by_step")["method"]["decoding"]
+    assert config["evaluation"]["probes"]["answers"]["decoding"] == config["method"]["decoding"] == taught
+    assert run.build(config).method.decoding.new_tokens == 64
+
+
+def test_files_of_questions_are_named_by_content(tmp_path):
+    digests = []
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text('{"question": "What?", "answer": "' + text + '"}')
+        settings = ["problems=file", f"problems.path={path}", f"problems.test_path={path}"]
+        digests.append(run.digest_of(run.identity(resolved("method=step_by_step", "evaluation=answers", *settings))))
+    assert digests[0] == digests[1] != digests[2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -149,24 +149,32 @@ class TransformersEngine:
     # ---- decoding
 
     @torch.inference_mode()
-    def generate(self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Greedy decoding without early stop: ids [B, P] -> one tensor of ids [B] per decoding step.
+    def generate(
+        self,
+        prompt: Tensor,
+        new_tokens: int,
+        mask: Tensor | None = None,
+        choose: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """Decoding without early stop, greedy unless told otherwise: ids [B, P] -> ids [B] per decoding step.
 
         The first step reads the prompt, every later one a single token per row, with the KV cache.
         mask: [B, P], False where a row is padded at its start; None when no row is.
+        choose: (logits [B, V], number of the step) -> ids [B]; None takes the likeliest.
         """
         self._check_length(prompt.shape[1] + new_tokens)
         step = prompt.to(self.module.device)
         cache = self._new_cache()
         extra = {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
         mask = None if mask is None else mask.to(step.device).long()
-        for _ in range(new_tokens):
+        for number in range(new_tokens):
             if mask is not None:
                 extra |= self._padding(mask, step.shape[1])
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             output = self.module(input_ids=step, past_key_values=cache, use_cache=True, **extra)
             cache = output.past_key_values
-            step = output.logits[:, -1:].argmax(-1)
+            logits = output.logits[:, -1]
+            step = (logits.argmax(-1) if choose is None else choose(logits, number))[:, None]
             yield step[:, 0]
 
     def _padding(self, mask: Tensor, length: int) -> dict[str, Tensor]:
