@@ -25,6 +25,7 @@ LETTERS = "ABCDEFGHIJ"
 _ARROW = re.compile(r"-->|####")  # stands once: what a model writes after a first answer is another text
 _CONCLUSION = re.compile(r"answer is:?|answer:", re.IGNORECASE)  # the last one concludes
 _NUMBER = re.compile(r"(?:(?<![\w).])-)?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)")
+WORDS = re.compile(r"[a-z0-9]+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -34,11 +35,13 @@ class AnswerRule:
 
     candidates: every answer of this kind in a text, in order, given the problem's choices.
     same: whether two of them are equal.
+    likeness: how like a text is to the right one, 0 to 1, where right and wrong is not all there is to say.
     """
 
     name: str
     candidates: Callable[[str, Sequence[str]], list[str]]
     same: Callable[[str, str], bool] = operator.eq
+    likeness: Callable[[str, str], float] | None = None
 
     def extract(self, text: str, choices: Sequence[str] = ()) -> str | None:
         """The answer that a text gives, or None.
@@ -165,6 +168,11 @@ def recalculated(text: str) -> str:
     return text
 
 
+def _whole(text: str, _choices: Sequence[str]) -> list[str]:
+    """The text itself."""
+    return [text.strip()] if text.strip() else []
+
+
 # ---- equality
 
 
@@ -220,6 +228,41 @@ def evaluate_equation(text: str) -> float | None:
         return None
 
 
+# ---- likeness
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text, as ROUGE counts them, without stemming."""
+    return WORDS.findall(text.lower())
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a row of its table at a time as the bits of one integer.
+
+    Hyyrö 2004, "Bit-parallel LCS-length computation revisited": zeros of `row` are steps of the table.
+    """
+    positions: dict[str, int] = {}
+    for index, word in enumerate(first):
+        positions[word] = positions.get(word, 0) | 1 << index
+    full = (1 << len(first)) - 1
+    row = full
+    for word in second:
+        met = row & positions.get(word, 0)
+        row = ((row + met) | (row - met)) & full
+    return len(first) - row.bit_count()
+
+
+def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
+    """F-measure of ROUGE-L of two word lists, between 0 and 1 (Lin 2004); 0 where one is empty."""
+    if not first or not second:
+        return 0.0
+    return 2 * common_subsequence(first, second) / (len(first) + len(second))
+
+
+def _rouge_l_of_texts(text: str, gold: str) -> float:
+    return rouge_l(words(text), words(gold))
+
+
 RULES = {
     rule.name: rule
     for rule in (
@@ -231,6 +274,7 @@ RULES = {
             "text", _texts, lambda a, b: re.sub(r"[\"'.\s]", "", a).lower() == re.sub(r"[\"'.\s]", "", b).lower()
         ),
         AnswerRule("equation", _equations, _same_value),
+        AnswerRule("response", _whole, lambda a, b: plain(a) == plain(b), _rouge_l_of_texts),
     )
 }
 

@@ -323,7 +323,9 @@ def _question_answer(row: dict[str, Any]) -> Problem:
 
 
 def _instruction(row: dict[str, Any]) -> Problem:
-    """An instruction, the input it comes with and a response: Alpaca's fields, or Self-Instruct's first instance."""
+    """An instruction and a response: Alpaca's fields, Self-Instruct's first instance, or P3's prompt and completion."""
+    if "prompt" in row:
+        return made(row["prompt"].strip(), row["completion"].removesuffix("<|endoftext|>").strip())
     instance = (row.get("instances") or [row])[0]
     context, response = instance.get("input") or "", instance["output"]
     return made(row["instruction"].strip(), response.strip(), context=context.strip())

@@ -84,6 +84,8 @@ QUANTITIES = (
     Quantity("accuracy_before", "before %", _fixed(1), scale=100, every_workload=True),
     Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("accuracy_with_calculator", "calculator %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
+    Quantity("rouge_l_before", "ROUGE-L before", _fixed(1), scale=100, every_workload=True),
+    Quantity("rouge_l", "ROUGE-L", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from harness import statistics
 from harness.answers import recalculated
 from harness.decoding import Plain
 from harness.errors import ConfigError, RunError
 from harness.probes.tasks import accuracy, against
+from harness.records import Measurement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from harness.evaluation import Context, Stage
     from harness.method import LanguageModel
     from harness.problems import Problem, Problems
-    from harness.records import Measurement
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Answers:
                 "correct": [int(rule.correct(text, problem)) for text, problem in zip(texts, asked, strict=True)],
             }
         )
+        if rule.likeness is not None:
+            outcomes["likeness"] = [rule.likeness(text, p.gold) for text, p in zip(texts, asked, strict=True)]
         context.samples.mkdir(parents=True, exist_ok=True)
         outcomes.to_parquet(context.samples / self._file, index=False)
         questions = f"{total} questions" if len(asked) == total else f"{len(asked)} of {total} questions"
@@ -76,6 +79,8 @@ class Answers:
             before = self._before(context.reference / self._file, outcomes)
             yield accuracy("accuracy_before", before["correct_dense"].to_numpy(), on)
             yield from against("accuracy", before, on, np.random.default_rng(context.seed))
+            if rule.likeness is not None:
+                yield from _likenesses(before, on, np.random.default_rng(context.seed))
 
     @property
     def _file(self) -> str:
@@ -113,3 +118,13 @@ class Answers:
         if both["correct_dense"].isna().any():
             raise RunError("the dense run was asked other questions; run it again (method=dense force=true)")
         return both
+
+
+def _likenesses(both: pd.DataFrame, on: str, generator: np.random.Generator) -> Iterable[Measurement]:
+    """ROUGE-L with known responses, before and after, and the paired difference, with bootstrap intervals."""
+    ours, dense = both["likeness"].to_numpy(), both["likeness_dense"].to_numpy()
+    for metric, values in (("rouge_l_before", dense), ("rouge_l", ours)):
+        interval = statistics.mean_interval(values, 1, generator)
+        yield Measurement(metric, float(values.mean()), "share", on, "higher", interval)
+    interval = statistics.paired_difference_interval(ours, dense, 1, generator)
+    yield Measurement("rouge_l_difference", float((ours - dense).mean()), "share", on, "higher", interval)

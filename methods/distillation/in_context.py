@@ -233,7 +233,7 @@ class InContextDistillation:
         texts, labels = self.texts(base, bench)
         reference = self.teacher.opened(base, texts, bench) if self.hard < 1 else None
         student = self.student.make(base, bench)
-        step = torch.zeros((), dtype=torch.long)
+        step = torch.zeros((), dtype=torch.long, device=next(student.module.parameters()).device)
         vocabulary = base.module.get_input_embeddings().num_embeddings
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from harness.answers import rouge_l, words
 from harness.decoding import complete
 from harness.errors import ConfigError
 from harness.problems import made
@@ -34,7 +35,6 @@ WRAPPER_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 LIST_MARK = re.compile(r"^\s*(?:\(?\d{1,3}\s*[.):]|[-*•])\s*")
-WORDS = re.compile(r"[a-z0-9]+")
 
 
 def wrapped(instruction: Problem) -> str:
@@ -166,34 +166,6 @@ def parse_list(text: str, most: int, truncated: bool = False) -> list[str]:
     if truncated:
         items = items[:-1]
     return list(dict.fromkeys(filter(None, items)))[:most]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of a text, as ROUGE counts them, without stemming."""
-    return WORDS.findall(text.lower())
-
-
-def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a row of its table at a time as the bits of one integer.
-
-    Hyyrö 2004, "Bit-parallel LCS-length computation revisited": zeros of `row` are steps of the table.
-    """
-    positions: dict[str, int] = {}
-    for index, word in enumerate(first):
-        positions[word] = positions.get(word, 0) | 1 << index
-    full = (1 << len(first)) - 1
-    row = full
-    for word in second:
-        met = row & positions.get(word, 0)
-        row = ((row + met) | (row - met)) & full
-    return len(first) - row.bit_count()
-
-
-def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
-    """F-measure of ROUGE-L of two word lists, between 0 and 1 (Lin 2004); 0 where one is empty."""
-    if not first or not second:
-        return 0.0
-    return 2 * common_subsequence(first, second) / (len(first) + len(second))
 
 
 class Pool:

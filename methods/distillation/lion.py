@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
+from harness.answers import rouge_l, words
 from harness.errors import ConfigError
-from methods.distillation.instructions import Creation, Instructed, Pool, created, rouge_l, words, wrapped
+from methods.distillation.instructions import Creation, Instructed, Pool, created, wrapped
 from methods.distillation.lessons import Lesson, View, teach, write
 from methods.distillation.students import settled
 from methods.distillation.text_teachers import Request, Sampling

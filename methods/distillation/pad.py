@@ -19,7 +19,7 @@ from harness.decoding import complete, complete_ids, encode
 from harness.errors import ConfigError
 from methods.distillation.lessons import Lesson, View, teach, write
 from methods.distillation.programs import Step, corrupted, normalised, read_program, same_number, search_lines
-from methods.distillation.sandbox import Outcome, Run, Sandbox
+from methods.distillation.sandbox import Outcome, Run, Sandbox, kernel_layers
 from methods.distillation.students import settled
 from methods.distillation.text_teachers import Request, Sampling
 
@@ -176,9 +176,16 @@ def without_blank_lines(program: str) -> str:
 
 
 def written(outcome: Outcome) -> str:
-    """The value of a program as people write it: 18, not 18.0."""
+    """The value of a program as people write it: 18 and not 18.0, yes and not True."""
     value = outcome.value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def is_right(outcome: Outcome, problem: Problem) -> bool:
+    """Whether a program ran to the problem's answer."""
+    return outcome.kind == "value" and same_number(written(outcome), problem.gold)
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,14 @@ class PaD:
         for name, least in (("corruptions", 0), ("rounds", 0), ("own_problems", 1), ("repair_weight", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"method.{name}={getattr(self, name)}: must be at least {least}")
+
+    def check_available(self) -> None:
+        """Raise ConfigError where programs cannot be run safely: before a model loads."""
+        if self.decoding.sandbox.kernel_required and not kernel_layers():
+            raise ConfigError(
+                "PaD runs programs that a model wrote, and this system isolates no process; run on Linux outside of a "
+                "container that forbids it, or set method.decoding.sandbox.kernel_required=false for models you trust"
+            )
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Ask, run, keep, corrupt, learn; then learn from the student's own mistakes."""
@@ -257,7 +272,7 @@ class PaD:
                 outcome = run(program)
                 counts["answers"] += 1
                 counts[f"programs: {outcome.kind}"] += 1
-                if outcome.kind != "value" or not same_number(outcome.value, request.problem.gold):
+                if not is_right(outcome, request.problem):
                     continue
                 counts["right programs"] += 1
                 same = normalised(program)
@@ -273,7 +288,7 @@ class PaD:
         found = 0
         for _, source in corrupted(program, generator) if self.corruptions else ():
             outcome = run(source)
-            if outcome.kind != "value" or not same_number(outcome.value, problem.gold):
+            if not is_right(outcome, problem):
                 yield source, outcome
                 found += 1
                 if found == self.corruptions:
@@ -289,7 +304,7 @@ class PaD:
         problems = [problem for problem in self.problems.read("train") if problem.id in wanted]
         once = replace(self.decoding, repairs=0)
         for problem, (program, outcome) in zip(problems, once.solve(student, problems, bench.progress), strict=True):
-            if outcome.kind == "value" and same_number(outcome.value, problem.gold):
+            if is_right(outcome, problem):
                 continue
             right = wanted[problem.id]
             prompt = self.decoding.repair(problem.fields()["question"], program, outcome)

@@ -26,6 +26,7 @@ memory; Windows has none of layer 2, and programs are refused there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import selectors
@@ -143,6 +144,18 @@ def opened(sandbox: Sandbox, layers: tuple[str, ...]) -> Iterator[Run]:
     finally:
         if server is not None:
             server.close()
+
+
+@functools.cache
+def kernel_layers() -> frozenset[str]:
+    """Which of "system_calls" and "namespaces" this kernel grants, tried with a harmless program."""
+    if sys.platform != "linux":
+        return frozenset()
+    found: set[str] = set()
+    for layer in ("system_calls", "namespaces"):
+        with opened(Sandbox(kernel_required=False), (layer,)) as run:
+            found |= set(run("answer = 1").shut)
+    return frozenset(found)
 
 
 class _Server:

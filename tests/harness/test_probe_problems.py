@@ -90,3 +90,32 @@ def test_a_model_is_asked_plainly_where_no_method_says_how(tmp_path):
     assert "at most 128 tokens" in found["accuracy"].note
     with pytest.raises(ConfigError, match="limit=0"):
         Answers(PROBLEMS, None, limit=0)
+
+
+def test_responses_are_also_compared_by_likeness(tmp_path):
+    """ROUGE-L with the known response before and after, by hand; a response said word for word is right, too."""
+    from harness.answers import rouge_l, rule_named, words
+    from harness.problems import made
+
+    class Responses:
+        name, rule = "responses", rule_named("response")
+
+        def read(self, split):
+            yield from (made(f"Question {i}?", f"the answer number {i} is long") for i in range(6))
+
+    class Says(Scripted):
+        def decode(self, lm, problems, progress) -> list[str]:
+            return [p.gold if self.right(p) else "the number" for p in problems]
+
+    share = rouge_l(words("the number"), words("the answer number 0 is long"))
+    first = context(tmp_path / "dense")
+    measured(Answers(Responses(), Says(lambda p: False)), first)
+    found = measured(
+        Answers(Responses(), Says(lambda p: int(p.question[9]) < 2)), context(tmp_path / "student", dense=first.samples)
+    )
+    assert found["rouge_l_before"].value == pytest.approx(share)
+    assert found["rouge_l"].value == pytest.approx((2 + 4 * share) / 6)
+    assert found["rouge_l_difference"].value == pytest.approx(2 * (1 - share) / 6)
+    low, high = found["rouge_l_difference"].interval
+    assert low <= found["rouge_l_difference"].value <= high
+    assert found["accuracy"].value == pytest.approx(2 / 6)

@@ -37,7 +37,7 @@ from tests.harness.tiny_models import language_model
 
 TASKS = LabelTasks(train=24, test=12, tasks=(3, 2), few=6)
 TRAINING = TrainingSettings(steps=2, learning_rate=1e-3, batch_size=2)
-DATA = Path(os.environ.get("BENCHMARK_DATA", "/nowhere")) / "kd/p3_templates/p3_sample.jsonl"
+DATA = Path(os.environ.get("HARNESS_TEACHER_DATA", "missing")) / "p3_templates/p3_sample.jsonl"
 
 
 def system(problems=TASKS, **changes) -> InContextDistillation:
@@ -128,7 +128,7 @@ def test_a_broken_line_is_said_with_its_number(tmp_path, capsys):
     assert f"line {count}" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="BENCHMARK_DATA names no folder with P3 templates")
+@pytest.mark.skipif(not DATA.exists(), reason="HARNESS_TEACHER_DATA names no folder with P3 templates")
 def test_real_templates_make_tasks():
     tasks = TemplateTasks(str(DATA), few=8)
     taught, asked = (tasks.examples(split) for split in ("train", "test"))

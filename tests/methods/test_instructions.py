@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.answers import common_subsequence, rouge_l, rule_named, words
 from harness.problems import made
 from harness.progress import NoProgress
 from methods.distillation import instructions
@@ -13,10 +14,7 @@ from methods.distillation.instructions import (
     Instructed,
     Pool,
     ReserveTeacher,
-    common_subsequence,
     parse_list,
-    rouge_l,
-    words,
     wrapped,
 )
 from methods.distillation.text_teachers import Request
@@ -144,6 +142,7 @@ def test_instructions_of_both_kinds_of_files(tmp_path):
         {"instruction": "Sort.", "input": "b a", "output": "a b"},
         {"instruction": "Sort.", "instances": [{"input": "d c", "output": "c d"}]},
         {"instruction": "Name a tree.", "instances": [{"input": "", "output": "Oak."}]},
+        {"prompt": "Yes or no?\n", "completion": "no<|endoftext|>", "template": "ask"},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row | {"split": "train"}) for row in rows), encoding="utf-8")
@@ -152,4 +151,15 @@ def test_instructions_of_both_kinds_of_files(tmp_path):
         ("Sort.", "b a", "a b"),
         ("Sort.", "d c", "c d"),
         ("Name a tree.", "", "Oak."),
+        ("Yes or no?", "", "no"),
     ]
+
+
+def test_responses_are_like_their_references_by_degrees():
+    """Exact match is right; everything else is as like as ROUGE-L says."""
+    rule, problem = rule_named("response"), made("Say it.", "police killed the gunman")
+    assert rule.correct("Police killed the gunman.", problem)
+    assert not rule.correct("Police kill the gunman.", problem)
+    assert rule.likeness("Police kill the gunman.", problem.gold) == pytest.approx(0.75)
+    assert rule.likeness("", problem.gold) == 0
+    assert all(rule_named(name).likeness is None for name in ("number", "choice", "text"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from harness.answers import rule_named
+from harness.answers import rouge_l, rule_named, words
 from harness.errors import ConfigError
+from harness.method import TrainingLog
 from harness.problems import made
-from methods.distillation.instructions import Instructed, Pool, ReserveTeacher, rouge_l, words
+from methods.distillation.instructions import Instructed, Pool, ReserveTeacher
 from methods.distillation.lion import (
     Lion,
     difference,
@@ -197,6 +199,28 @@ def test_pools_after_each_turn(bench, monkeypatch):
     assert judged == [4, 8]
     assert len({question for pool in trained for question in pool}) == 12
     assert sorted(bench.log.curves["training loss"]) == list(range(1, 7))
+
+
+def test_a_killed_run_ends_as_it_would_have(bench, tmp_path, monkeypatch):
+    """Stopped after the second turn's training, started again in the same folder: the same student."""
+    method = lion(iterations=3)
+    whole = method.compress(language_model(), bench)
+    again = replace(bench, scratch=tmp_path / "again", log=TrainingLog())
+    again.scratch.mkdir()
+    generate = Lion.generate
+
+    def killed(self, *arguments):
+        if arguments[-1] == 1:
+            raise KeyboardInterrupt
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(Lion, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        method.compress(language_model(), again)
+    monkeypatch.setattr(Lion, "generate", generate)
+    resumed = method.compress(language_model(), again)
+    for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_responses_that_were_cut_off_are_not_learned(bench):

@@ -11,14 +11,15 @@ from harness.errors import ConfigError
 from harness.problems import ArithmeticProblems, made
 from harness.progress import NoProgress
 from methods.distillation.lessons import write
-from methods.distillation.pad import PaD, Programs, closed, written
+from methods.distillation.pad import PaD, Programs, closed, is_right, written
 from methods.distillation.programs import read_program, same_number
-from methods.distillation.sandbox import Outcome, Sandbox
+from methods.distillation.sandbox import Outcome, Sandbox, kernel_layers
 from methods.distillation.students import Truncated
 from methods.distillation.text_teachers import Answer, Sampling, WorkedTeacher
 from methods.training import TrainingSettings
 from tests.harness.tiny_models import language_model
 
+pytestmark = pytest.mark.skipif(not kernel_layers(), reason="this kernel isolates no process")
 PROMPT, REPAIR = "Q: {question}\n", "Q: {question}\nWrong:\n{program}\nError: {error}\n"
 DECODING = Programs(PROMPT, REPAIR, new_tokens=24)
 TRAINING = TrainingSettings(steps=2, learning_rate=1e-3, batch_size=2)
@@ -129,6 +130,9 @@ def test_beginnings_are_closed(lines, program):
 
 def test_numbers_are_written_as_people_do():
     assert [written(Outcome("value", v)) for v in (18.0, 0.1 + 0.2, 7, "no")] == ["18", "0.3", "7", "no"]
+    assert [written(Outcome("value", v)) for v in (True, False)] == ["yes", "no"]
+    assert is_right(Outcome("value", True), made("Is it?", "yes"))
+    assert not is_right(Outcome("error", None), made("Is it?", "None"))
 
 
 def test_one_beam_of_one_line_at_a_time_is_greedy():

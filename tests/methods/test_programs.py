@@ -20,9 +20,12 @@ from methods.distillation.programs import (
     same_number,
     search_lines,
 )
-from methods.distillation.sandbox import Sandbox
+from methods.distillation.sandbox import Sandbox, kernel_layers
 
-GSM8K = Path(os.environ.get("BENCHMARK_DATA", "/nowhere"))
+pytestmark = pytest.mark.skipif(not kernel_layers(), reason="this kernel isolates no process")
+GSM8K = Path(
+    os.environ.get("HARNESS_TEACHER_DATA", "missing")
+).parent  # its questions stand beside the teachers' outputs
 SOLUTION = (
     "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day, 05 hours.\n"
     "A tenth is 18/10 = <<18/10=1.8>>1.8.\n#### 1.8"
@@ -47,9 +50,7 @@ def test_odd_numbers_of_annotations_are_numbers_of_python():
     assert "step_1*20/100" in annotated_program("<<05*2=10>>10 <<10*20%=2>>2")
 
 
-@pytest.mark.skipif(
-    not (GSM8K / "train/gsm8k/train.jsonl").exists(), reason="BENCHMARK_DATA names no folder with GSM8K"
-)
+@pytest.mark.skipif(not (GSM8K / "train/gsm8k/train.jsonl").exists(), reason="HARNESS_TEACHER_DATA is not beside GSM8K")
 @pytest.mark.parametrize(
     ("file", "without", "right"), [("train/gsm8k/train.jsonl", 95, 6999), ("eval/gsm8k/test.jsonl", 18, 1208)]
 )

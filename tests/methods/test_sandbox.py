@@ -11,9 +11,10 @@ import pytest
 
 from harness.errors import ConfigError, RunError
 from methods.distillation import sandbox
-from methods.distillation.sandbox import LAYERS, Outcome, Sandbox
+from methods.distillation.sandbox import LAYERS, Outcome, Sandbox, kernel_layers
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="programs are run on Linux and macOS only")
+KERNEL = kernel_layers()
+pytestmark = pytest.mark.skipif(not KERNEL, reason="this kernel isolates no process")
 BOX = Sandbox(cpu_seconds=1, wall_seconds=8)
 OPEN = Sandbox(kernel_required=False)
 
@@ -23,11 +24,6 @@ def execute(program: str, box: Sandbox, layers: tuple[str, ...]) -> Outcome:
         return run(program)
 
 
-KERNEL = (
-    {name for layer in ("system_calls", "namespaces") for name in execute("answer = 1", OPEN, (layer,)).shut}
-    if sys.platform == "linux"
-    else set()
-)
 needs_filter = pytest.mark.skipif("system_calls" not in KERNEL, reason="this kernel filters no system calls")
 needs_namespaces = pytest.mark.skipif("namespaces" not in KERNEL, reason="this kernel grants no namespaces")
 
