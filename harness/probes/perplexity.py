@@ -70,6 +70,11 @@ class Perplexity:
         return self.divergence
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the engine must give besides scores."""
+        return frozenset({"hidden states"} if self.divergence else ())
+
+    @property
     def name(self) -> str:
         """The protocol with its sizes."""
         if self.protocol == "gptq":
