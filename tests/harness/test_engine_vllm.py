@@ -46,7 +46,7 @@ from methods.quantization.grids import IntegerGrid
 from methods.quantization.round_to_nearest import RoundToNearest
 from tests.test_conf import resolved
 
-SCRIPT = Path(__file__).with_name("serve_with_transformers.py")
+SCRIPT = Path(__file__).with_name("vllm_stand_in.py")
 FAKE = VLLM(
     kv_cache_bytes=1 << 20,
     maximum_length=128,
@@ -61,13 +61,20 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
 @contextmanager
-def running(folder, tmp_path, engine=FAKE, **misbehaviour):
-    """The engine on an artifact, behind a server that may misbehave."""
+def running(folder, tmp_path, server, engine=FAKE, file=""):
+    """The engine on an artifact, behind a stand-in that behaves like this: "parrots", or goes wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in misbehaviour.items():
-            patch.setenv(f"HARNESS_TEST_{name.upper()}", str(value))
+        patch.setenv("HARNESS_TEST_SERVER", server)
+        patch.setenv("HARNESS_TEST_FILE", str(file))
         with engine.running(folder, HARDWARE, "decoding", tmp_path / "vllm.txt") as lm:
             yield lm
+
+
+@pytest.fixture(scope="module")
+def served(trained_folder, tmp_path_factory):
+    """The trained tiny model behind a server that answers with transformers."""
+    with FAKE.running(trained_folder, HARDWARE, "decoding", tmp_path_factory.mktemp("served") / "vllm.txt") as lm:
+        yield lm
 
 
 def ends_soon(pid: int) -> bool:
@@ -133,42 +140,36 @@ def test_only_numbers_are_sent():
 # ---------------------------------------------------------------------------------- the engine, through the messages
 
 
-def test_scores_and_tokens_are_those_of_the_same_artifact_in_process(trained_folder, tmp_path):
-    ours = artifact.load(trained_folder, "cpu", torch.float32)
-    with running(trained_folder, tmp_path) as lm:
-        torch.testing.assert_close(lm.engine.score(TOKENS), ours.engine.score(TOKENS), rtol=1e-5, atol=1e-5)
-        for prompt, mask in (
-            (TOKENS, None),
-            (TOKENS, torch.arange(20)[None].expand(3, -1) >= torch.tensor([[0], [5], [9]])),
-        ):
-            theirs = torch.stack(list(lm.engine.generate(prompt, 6, mask)), 1)
-            assert torch.equal(theirs, torch.stack(list(ours.engine.generate(prompt, 6, mask)), 1))
+def test_scores_and_tokens_are_those_of_the_same_artifact_in_process(served, trained):
+    torch.testing.assert_close(served.engine.score(TOKENS), trained.engine.score(TOKENS), rtol=1e-5, atol=1e-5)
+    padded = torch.arange(20)[None].expand(3, -1) >= torch.tensor([[0], [5], [9]])
+    for mask in (None, padded):
+        theirs = torch.stack(list(served.engine.generate(TOKENS, 6, mask)), 1)
+        assert torch.equal(theirs, torch.stack(list(trained.engine.generate(TOKENS, 6, mask)), 1))
 
 
-def test_an_answer_that_nobody_listens_to_any_more_is_given_up(trained_folder, tmp_path):
-    with running(trained_folder, tmp_path) as lm:
-        expected = torch.stack(list(lm.engine.generate(TOKENS, 3)), 1)
-        for steps in (0, 1, 3):
-            answer = lm.engine.generate(TOKENS[:1], 40)
-            for _ in range(steps):
-                next(answer)
-            answer.close()
-        assert torch.equal(torch.stack(list(lm.engine.generate(TOKENS, 3)), 1), expected)
+def test_an_answer_that_nobody_listens_to_any_more_is_given_up(served):
+    expected = torch.stack(list(served.engine.generate(TOKENS, 3)), 1)
+    for steps in (0, 1, 3):
+        answer = served.engine.generate(TOKENS[:1], 40)
+        for _ in range(steps):
+            next(answer)
+        answer.close()
+    assert torch.equal(torch.stack(list(served.engine.generate(TOKENS, 3)), 1), expected)
 
 
 def test_stamps_of_a_batch_are_when_every_row_was_there(trained_folder, tmp_path):
-    with running(trained_folder, tmp_path) as lm:
-        stamps = lm.engine.stamps(TOKENS, 5)
-    assert stamps.shape == (6,)
-    assert stamps[0] == 0
-    assert (np.diff(stamps) > 0).all()
+    """The parrot's row r has its k-th token after k/4 + r/8 seconds."""
+    with running(trained_folder, tmp_path, "parrots") as lm:
+        np.testing.assert_allclose(lm.engine.stamps(TOKENS, 3), [0, 0.5, 0.75, 1.0])
+        stamps, _ = lm.engine.requests(TOKENS, 2, np.zeros(3))
+        np.testing.assert_allclose(stamps, [[0, 0.25, 0.5], [0, 0.375, 0.625], [0, 0.5, 0.75]])
 
 
-def test_requests_wait_for_their_arrival_and_for_each_other(trained_folder, tmp_path):
+def test_requests_wait_for_their_arrival_and_for_each_other(served):
     """The stand-in serves one after the other: a request's first token comes after the one before it is finished."""
     arrivals = np.array([0.0, 0.3, 0.3])
-    with running(trained_folder, tmp_path) as lm:
-        stamps, preemptions = lm.engine.requests(TOKENS, 4, arrivals)
+    stamps, preemptions = served.engine.requests(TOKENS, 4, arrivals)
     assert stamps.shape == (3, 5)
     assert preemptions == 0
     assert (np.diff(stamps) > 0).all()
@@ -176,34 +177,31 @@ def test_requests_wait_for_their_arrival_and_for_each_other(trained_folder, tmp_
     assert (arrivals[2] + stamps[2, 1]) > finished[1] > finished[0]
 
 
-def test_the_module_is_a_shape_without_weights(trained_folder, tmp_path):
-    dense = artifact.load(trained_folder, "cpu", torch.float32).module
-    with running(trained_folder, tmp_path) as lm:
-        assert all(parameter.is_meta for parameter in lm.module.parameters())
-        assert [tuple(p.shape) for p in lm.module.parameters()] == [tuple(p.shape) for p in dense.parameters()]
-        assert lm.module.get_output_embeddings().weight is lm.module.get_input_embeddings().weight
-        buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
-        assert lm.engine.loaded_bytes == loaded_bytes(dense) - buffers
+def test_the_module_is_a_shape_without_weights(served, trained):
+    ours, dense = served.module, trained.module
+    assert all(parameter.is_meta for parameter in ours.parameters())
+    assert [tuple(p.shape) for p in ours.parameters()] == [tuple(p.shape) for p in dense.parameters()]
+    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
+    assert served.engine.loaded_bytes == loaded_bytes(dense) - buffers
 
 
-def test_probes_measure_through_it(trained_folder, tmp_path, monkeypatch):
+def test_probes_measure_through_it(served, trained, trained_folder, tmp_path):
     """Perplexity is that of the model in process; memory is what is needed beside what is reserved."""
     where = replace(context(tmp_path, TEXT, decoding_dtype="float32"), artifact=trained_folder)
     perplexity = Perplexity(window=32, windows=4, divergence=False)
-    ours = artifact.load(trained_folder, "cpu", torch.float32)
-    (expected, *_) = run_probes([perplexity], ours, where, "evaluate", tmp_path / "ours")
+    (expected, *_) = run_probes([perplexity], trained, where, "evaluate", tmp_path / "ours")
     timed = [
         Speed([2], 8, 4, warm_up=1, max_repeats=2, precision=0.03, seconds_limit=10),
         Footprint(8, 4),
         Load([20.0, None], requests=5, prompt_tokens=8, new_tokens=4, warm_up=1),
     ]
-    with running(trained_folder, tmp_path) as lm:
-        found = run_probes([perplexity], lm, where, "evaluate", tmp_path / "kept")
-        found += run_probes(timed, lm, where, "time", tmp_path / "kept")
+    found = run_probes([perplexity], served, where, "evaluate", tmp_path / "kept")
+    found += run_probes(timed, served, where, "time", tmp_path / "kept")
     by_name = {m.metric: m for m in found}
     assert by_name["perplexity"].value == pytest.approx(expected.value, rel=1e-5)
     assert by_name["perplexity"].on == expected.on
-    token = vllm.analytic_kv_bytes_per_token(ours.module, torch.float32)
+    token = vllm.analytic_kv_bytes_per_token(trained.module, torch.float32)
     assert token == 512  # as the stand-in says of itself
     assert by_name["kv_cache_bytes_per_token"].value == token
     assert by_name["needed_bytes"].value == by_name["loaded_weight_bytes"].value + 12 * token
@@ -211,31 +209,30 @@ def test_probes_measure_through_it(trained_folder, tmp_path, monkeypatch):
     assert "peak_memory_bytes" not in by_name
     assert all(m.value > 0 for m in found)
     assert "dense matmul (vLLM 0.0), float32" in by_name["time_per_output_token_ms"].note
-    served = [m for m in found if m.metric == "requests_per_second"]
-    assert [m.on.split(", ")[1] for m in served] == ["Poisson 20/s", "all at once"]
+    loads = [m for m in found if m.metric == "requests_per_second"]
+    assert [m.on.split(", ")[1] for m in loads] == ["Poisson 20/s", "all at once"]
 
 
 def test_vllm_is_told_what_the_configuration_says(trained_folder, tmp_path):
-    own = artifact.load(trained_folder, "cpu", torch.float32).engine.context_tokens
-    with running(trained_folder, tmp_path) as lm:
+    own = json.loads((trained_folder / "config.json").read_text())["max_position_embeddings"]
+    with running(trained_folder, tmp_path, "parrots") as lm:
         told = lm.engine.facts["arguments"]
     expected = {"kv_cache_memory_bytes": 1 << 20, "max_model_len": 128, "max_num_batched_tokens": 256}
     expected |= {"enforce_eager": True, "dtype": "float32", "tensor_parallel_size": 1}
     assert expected.items() <= told.items()
-    with running(trained_folder, tmp_path, replace(FAKE, maximum_length=10**6, enforce_eager=False)) as lm:
+    with running(trained_folder, tmp_path, "parrots", replace(FAKE, maximum_length=10**6, enforce_eager=False)) as lm:
         assert lm.engine.context_tokens == own  # never beyond what the model was made for
         assert not lm.engine.facts["arguments"]["enforce_eager"]
 
 
-def test_texts_beyond_its_positions_and_other_dtypes_are_refused(trained_folder, tmp_path):
-    with running(trained_folder, tmp_path) as lm:
-        with pytest.raises(RunError, match="129 tokens exceed the 128 positions"):
-            lm.engine.score(torch.zeros(1, 128, dtype=torch.long))
-        with pytest.raises(RunError, match="maximum_length"):
-            list(lm.engine.generate(torch.zeros(1, 100, dtype=torch.long), 29))
-        lm.engine.prepare("scoring", torch.float32)
-        with pytest.raises(ValueError, match="bfloat16"):
-            lm.engine.prepare("decoding", torch.bfloat16)
+def test_texts_beyond_its_positions_and_other_dtypes_are_refused(served):
+    with pytest.raises(RunError, match="129 tokens exceed the 128 positions"):
+        served.engine.score(torch.zeros(1, 128, dtype=torch.long))
+    with pytest.raises(RunError, match="maximum_length"):
+        list(served.engine.generate(torch.zeros(1, 100, dtype=torch.long), 29))
+    served.engine.prepare("scoring", torch.float32)
+    with pytest.raises(ValueError, match="bfloat16"):
+        served.engine.prepare("decoding", torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------- when it goes wrong
@@ -250,18 +247,18 @@ def test_texts_beyond_its_positions_and_other_dtypes_are_refused(trained_folder,
     ],
 )
 def test_a_server_that_goes_wrong_is_a_run_error(how, message, trained_folder, tmp_path):
-    with running(trained_folder, tmp_path, SERVER=how) as lm:
+    with running(trained_folder, tmp_path, how) as lm:
         with pytest.raises(RunError, match=message):
             lm.engine.score(TOKENS)
         pid = lm.engine.server._process.pid
     assert ends_soon(pid)
-    with running(trained_folder, tmp_path, SERVER=how) as lm, pytest.raises(RunError, match=message):
+    with running(trained_folder, tmp_path, how) as lm, pytest.raises(RunError, match=message):
         list(lm.engine.generate(TOKENS, 3))
 
 
 def test_a_server_that_hangs_is_ended_in_time(trained_folder, tmp_path):
     started = time.monotonic()
-    with running(trained_folder, tmp_path, SERVER="hangs") as lm:
+    with running(trained_folder, tmp_path, "hangs") as lm:
         lm.engine.server.patience = 1
         pid = lm.engine.server._process.pid
         with pytest.raises(RunError, match="gave no answer in 1 s"):
@@ -273,7 +270,7 @@ def test_a_server_that_hangs_is_ended_in_time(trained_folder, tmp_path):
 def test_a_refusal_names_the_reason_what_the_artifact_holds_and_the_way_out(trained_folder, tmp_path):
     with (
         pytest.raises(RunError, match=r"kernel for 3 bits Reasons.*holds dense weights; engine=transformers"),
-        running(trained_folder, tmp_path, SERVER="refuses"),
+        running(trained_folder, tmp_path, "refuses"),
     ):
         pass
 
@@ -283,21 +280,20 @@ def test_nothing_is_left_behind(end, trained_folder, tmp_path):
     """Neither the server nor what it started, whether the engine is closed or its owner is killed."""
     noted = tmp_path / "child"
     if end == "close":
-        with running(trained_folder, tmp_path, SERVER="has a child", FILE=noted) as lm:
+        with running(trained_folder, tmp_path, "has a child", file=noted) as lm:
             pids = [lm.engine.server._process.pid, int(noted.read_text())]
             assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     else:
         code = (
-            "import sys, time; from pathlib import Path; from test_engine_vllm import FAKE, HARDWARE\n"
-            "with FAKE.running(Path(sys.argv[1]), HARDWARE, 'decoding', Path(sys.argv[2])) as lm:\n"
-            "    print(lm.engine.server._process.pid, flush=True); time.sleep(600)"
+            "import os, sys, time; from pathlib import Path; from harness.engines.served.client import Server\n"
+            "server = Server('vLLM', None, Path(sys.argv[1]), dict(os.environ), Path(sys.argv[2]), 60)\n"
+            "server.ask({'do': 'start', 'arguments': {'dtype': 'float32', 'max_model_len': 8}})\n"
+            "print(server._process.pid, flush=True); time.sleep(600)"
         )
-        command = [sys.executable, "-c", code, str(trained_folder), str(tmp_path / "log")]
-        environment = os.environ | {"HARNESS_TEST_SERVER": "has a child", "HARNESS_TEST_FILE": str(noted)}
-        path = os.pathsep.join([str(run.ROOT), str(Path(__file__).parent)])
-        owner = subprocess.Popen(
-            command, env=environment | {"PYTHONPATH": path}, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", code, str(SCRIPT), str(tmp_path / "log")]
+        environment = {"HARNESS_TEST_SERVER": "has a child", "HARNESS_TEST_FILE": str(noted)}
+        environment |= {"PYTHONPATH": str(run.ROOT)}
+        owner = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
         pids = [int(owner.stdout.readline()), int(noted.read_text())]
         owner.kill()
         owner.wait()
