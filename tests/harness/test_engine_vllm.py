@@ -26,7 +26,7 @@ from harness import artifact, run
 from harness.engines import choice, vllm
 from harness.engines.served import frames
 from harness.engines.vllm import VLLM
-from harness.environment import Hardware
+from harness.environment import Hardware, _cpu_flags
 from harness.errors import ConfigError, RunError
 from harness.evaluation import run_probes
 from harness.method import Bench
@@ -457,3 +457,73 @@ def test_a_whole_run_and_its_table_name_the_engine(tmp_path):
     assert "vllm" not in plain.title
     assert " · vllm · " in served.title
     assert any(line.startswith("Engine: vllm, in an interpreter of its own (torch") for line in served.protocol)
+
+
+# -------------------------------------------------------------------------------------------------------- vLLM itself
+
+PYTHON = os.environ.get("VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
+WINDOW, WINDOWS = 256, 4
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded model, dense, in 8 and in 4 bits: its artifacts, and tokens of real text."""
+    from harness.corpus import Corpus, WikipediaSample
+    from harness.models import EmbeddedModel
+    from harness.wheels import default_cache
+
+    text = WikipediaSample()
+    corpus = Corpus("wikipedia-sample", text, text, samples=1, window=64)
+    root = tmp_path_factory.mktemp("embedded")
+    methods = {
+        "dense": None,
+        "W8A8": RoundToNearest(EightBitGrid("int"), InputGrid()),
+        "W4": RoundToNearest(IntegerGrid(4, False, 64)),
+    }
+    for name, method in methods.items():
+        lm, _ = EmbeddedModel("smollm2-135m-gguf").load(default_cache(), "cpu", torch.float32)
+        bench = Bench(corpus, torch.Generator().manual_seed(0), root, NoProgress())
+        artifact.save(lm if method is None else method.compress(lm, bench), root / name)
+    tokens = corpus.evaluation_tokens(lm.tokenizer)[: WINDOW * WINDOWS].view(WINDOWS, WINDOW)
+    return root, tokens
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed: VLLM_PYTHON=…/bin/python names a Python that has it")
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("dense", "float32", 1e-4),  # the same arithmetic in another order
+        ("dense", "bfloat16", 0.01),  # every layer's outputs rounded to 8 bits of mantissa
+        ("W4", "bfloat16", 0.01),
+        # inputs in 8 bits as well: a token's loss moves by 0.2 nats either way when one input rounds differently
+        ("W8A8", "bfloat16", 0.03),
+    ],
+)
+def test_the_same_artifact_has_the_same_perplexity_in_both_engines(name, dtype, tolerance, embedded, tmp_path):
+    """transformers in float32 against vLLM in what it serves; relative to perplexity."""
+    if name == "W4" and "avx512f" not in _cpu_flags():
+        pytest.skip("vLLM's product with 4-bit weights needs AVX-512 on a processor")
+    root, tokens = embedded
+    ours = artifact.load(root / name, "cpu", torch.float32)
+    ours.engine.prepare("scoring", torch.float32)
+    expected = float(ours.engine.score(tokens).mean().exp())
+    engine = replace(FAKE, script=None, interpreter=PYTHON, dtype=dtype, kv_cache_bytes=1 << 28, maximum_length=512)
+    engine = replace(engine, batched_tokens=2048, seconds_limit=600)
+    hardware = replace(HARDWARE, scoring_dtype=dtype, decoding_dtype=dtype)
+    with engine.running(root / name, hardware, "scoring", tmp_path / "vllm.txt") as lm:
+        found = float(lm.engine.score(tokens).mean().exp())
+        assert found == pytest.approx(expected, rel=tolerance)
+        assert lm.engine.kv_cache_bytes_per_token(getattr(torch, dtype)) == lm.engine.token_bytes
+        next(lm.engine.generate(tokens[:1, :64], 200)).tolist()  # given up after its first token
+        stamps = lm.engine.stamps(tokens[:2, :64], 4)
+        assert stamps[0] == 0
+        assert (np.diff(stamps) > 0).all()
+        arrivals = np.array([0.0, 0.2, 0.4])
+        stamps, _ = lm.engine.requests(tokens[:3, :32], 4, arrivals)
+        assert (np.diff(stamps) > 0).all()
+        if dtype == "float32":
+            theirs = torch.stack(list(lm.engine.generate(tokens[:2, :64], 8)), 1)
+            assert torch.equal(theirs, torch.stack(list(ours.engine.generate(tokens[:2, :64], 8)), 1))
+        pid = lm.engine.server._process.pid
+    assert ends_soon(pid)
