@@ -4,8 +4,9 @@
     python -m harness.tables all paths.results=DIR model=NAME         every table, of one model
     python -m harness.tables table_1 strict=true                      an error instead of several blocks
 
-One block of a table holds rows that may be compared: the same model, hardware, machine, text and protocol (the `on`
-of every measurement). Whatever differs in one of these stands in a block of its own; no column ever mixes two.
+One block of a table holds rows that may be compared: the same model, hardware, engine, machine, text and protocol
+(the `on` of every measurement). Whatever differs in one of these stands in a block of its own; no column ever mixes
+two.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ QUANTITIES = (
     Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
+    Quantity("requests_per_second", "req/s", _significant(3), every_workload=True),
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
@@ -126,8 +128,8 @@ class _Notes:
 def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     """Split records into blocks whose rows may be compared.
 
-    Equal model, hardware, machine and text come first. Among those, records with the same protocol share a block,
-    and one that measured a part of what another block measured (a failed run, speed alone) joins it.
+    Equal model, hardware, engine, machine and text come first. Among those, records with the same protocol share a
+    block, and one that measured a part of what another block measured (a failed run, speed alone) joins it.
     """
     settings: dict[str, dict[frozenset, list[RunRecord]]] = {}
     for record in records:
@@ -146,7 +148,8 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 
 def _setting(record: RunRecord) -> str:
     config = record.config
-    keys = [record.model, config.get("model"), config.get("hardware"), _evaluated_text(record), _machine(record)]
+    keys = [record.model, *(config.get(key) for key in ("model", "hardware", "engine"))]
+    keys += [_evaluated_text(record), _machine(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
 
@@ -200,10 +203,15 @@ def _difference(a: RunRecord, b: RunRecord) -> tuple[str, str]:
             for mine in (here - there, there - here)
         ]
         return words[0], words[1]
-    for section in ("model", "hardware", "corpus"):
+    for section in ("model", "hardware", "engine", "corpus"):
         if a.config.get(section) != b.config.get(section):
             return f"{section} {a.config.get(section)}", f"{section} {b.config.get(section)}"
     raise AssertionError("blocks differ in their setting or protocol")
+
+
+def _engine_name(record: RunRecord) -> str:
+    """The engine where it is not the one that records leave out."""
+    return str((record.config.get("engine") or {}).get("name", ""))
 
 
 def _hardware_name(record: RunRecord) -> str:
@@ -266,7 +274,9 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
             cells.append(Cell(kernels.each.get(record.id, "")))
         rows.append(Row(tuple(cells)))
     return Block(
-        title=f"{records[0].model} · {_hardware_name(records[0])} · {_machine(records[0])}",
+        title=" · ".join(
+            filter(None, [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), _machine(records[0])])
+        ),
         protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
         heads=(*heads, *(["kernel"] if kernels.each else [])),
         arrows=(*[""] * (len(heads) - len(columns)), *(_arrow(c) for c in columns), *([""] if kernels.each else [])),
@@ -658,6 +668,9 @@ def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str
     if speed:
         on = "; ".join(f"{heads} at {on}" for on, heads in _heads_by_workload(speed).items())
         lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel and not on.endswith(kernel) else ""))
+    load = [f"{c.head}: {c.on}" for c in columns if c.quantity.metric == "requests_per_second" and c.on]
+    if load:
+        lines.append(f"Load: {'; '.join(load)}")
     calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if _name(r) != DENSE.name}
     calibration.discard("null")
     if len(calibration) == 1:
@@ -669,6 +682,13 @@ def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str
             facts = [source, *(f"{key} {value}" for key, value in settings.items()), domain]
             lines.append("Calibration: " + ", ".join(filter(None, facts)))
     environments = [record.environment for record in records]
+    if _engine_name(records[0]):
+        outside = _distinct(
+            f"{package} {version}"
+            for e in environments
+            for package, version in (e.get("engine_versions") or {}).items()
+        )
+        lines.append(f"Engine: {_engine_name(records[0])}, in an interpreter of its own ({outside})")
     facts = [
         _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),
         _distinct(f"{e['decoding_dtype']} decoding" for e in environments if e.get("decoding_dtype")),

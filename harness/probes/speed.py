@@ -84,7 +84,8 @@ class Speed:
             on = f"batch {batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
             note = "; ".join(filter(None, [lm.engine.kernels(), self._reached(stamps), foreign]))
             yield from self._measurements(stamps, batch, on, note)
-            read = bytes_read_per_step(lm.module) + self._cache_bytes(lm, batch, dtype)
+            loaded = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights elsewhere
+            read = bytes_read_per_step(lm.module, loaded) + self._cache_bytes(lm, batch, dtype)
             yield _roofline(stamps, read, limit.read_bytes_per_second, on)
         _write(context.samples / "speed.parquet", raw)
 
@@ -96,7 +97,7 @@ class Speed:
         for _ in range(self.warm_up):
             self._request(lm, prompt)
         stamps: list[np.ndarray] = []
-        watch = ForeignLoad(context.hardware.thread_count)
+        watch = ForeignLoad(context.hardware.thread_count, getattr(lm.engine, "cpu_seconds", lambda: 0.0))
         for _ in context.progress.track(range(self.max_repeats), f"speed, batch {batch}", self.max_repeats):
             stamps.append(self._request(lm, prompt))
             if self._precise(np.stack(stamps)) or sum(s[-1] for s in stamps) > self.seconds_limit:
@@ -104,7 +105,12 @@ class Speed:
         return np.stack(stamps), watch.note()
 
     def _request(self, lm: LanguageModel, prompt: torch.Tensor) -> np.ndarray:
-        """Seconds since the hand-in at which each token was there; the hand-in itself first, as 0."""
+        """Seconds since the hand-in at which each token was there; the hand-in itself first, as 0.
+
+        An engine in another process counts them there, so that no time of the way between is in them.
+        """
+        if hasattr(lm.engine, "stamps"):
+            return lm.engine.stamps(prompt, self.new_tokens)
         stamps = [self.clock()]
         for tokens in lm.engine.generate(prompt, self.new_tokens):
             if tokens.is_cuda:
@@ -139,27 +145,37 @@ class Speed:
         return batch * context_tokens * lm.engine.kv_cache_bytes_per_token(getattr(torch, dtype))
 
 
-def bytes_read_per_step(module: nn.Module) -> int:
-    """Weight bytes that one decoding step must read: everything loaded but the rows of an untied input embedding."""
+def bytes_read_per_step(module: nn.Module, loaded: int | None = None) -> int:
+    """Weight bytes that one decoding step must read: everything loaded but the rows of an untied input embedding.
+
+    loaded: bytes of all weights, where they are not the module's.
+    """
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
     untied = 0 if embedding is head else embedding.numel() * embedding.element_size()
-    return loaded_bytes(module) - untied
+    return (loaded_bytes(module) if loaded is None else loaded) - untied
 
 
 class ForeignLoad:
-    """CPU time that other processes took of this machine since it was made; says nothing where the system does not."""
+    """CPU time that other processes took of this machine since it was made; says nothing where the system does not.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.started, self.others = time.monotonic(), _others_cpu_seconds()
+    engine: CPU seconds of the engine's own process, where it has one; that is no foreign load.
+    """
+
+    def __init__(self, threads: int, engine: Callable[[], float] = lambda: 0.0) -> None:
+        self.threads, self.engine = threads, engine
+        self.started, self.others = time.monotonic(), self._others()
 
     def note(self) -> str:
         """A warning for the row, or nothing."""
-        now = _others_cpu_seconds()
+        now = self._others()
         if now is None or self.others is None:
             return ""
         share = (now - self.others) / max(time.monotonic() - self.started, 1e-9) / self.threads
         return f"other processes used {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
+
+    def _others(self) -> float | None:
+        others = _others_cpu_seconds()
+        return None if others is None else others - self.engine()
 
 
 def _others_cpu_seconds() -> float | None:
