@@ -158,8 +158,12 @@ class TransformersEngine:
         if self.cache is None:
             return self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         cache = self.new_cache()
-        parts = [self._read(self.module.base_model, part, cache) for part in self._parts(tokens)]
-        return torch.cat([part.last_hidden_state for part in parts], dim=1)
+        return torch.cat([self.read_body(part, cache) for part in self._parts(tokens)], dim=1)
+
+    @torch.no_grad()
+    def read_body(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Final hidden states of the next tokens of what `cache` holds, at once: ids [B, T] -> [B, T, H]."""
+        return self._read(self.module.base_model, ids, cache).last_hidden_state
 
     def _parts(self, tokens: Tensor) -> Sequence[Tensor]:
         """A text as the cache can take it: ids [B, T] -> ids [B, at most chunk] each."""
