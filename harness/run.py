@@ -198,6 +198,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
     corpus = _by_content(config["corpus"])
+    kept["hardware"] = environment.telling(config["hardware"])
     kept["model"] = _by_content(config["model"])
     kept["calibration"] = config["calibration"]
     if not config["card"].get("calibrates", True):
@@ -444,6 +445,7 @@ def evaluate(
     scoring = stage == "evaluate"
     dtype = parts.hardware.scoring_dtype if scoring else parts.hardware.resolved_decoding_dtype()
     lm = artifacts.load(folder, parts.hardware.device, getattr(torch, dtype))
+    lm.engine = lm.engine.on_hardware(parts.hardware.attention, "plain" if scoring else parts.hardware.steps)
     context = Context(
         corpus=parts.corpus,
         hardware=parts.hardware,

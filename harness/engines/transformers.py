@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Cache, PreTrainedModel
 
+    from harness.engines.decoding import Decoding
+
 Mode = Literal["scoring", "decoding"]
 Steps = Literal["plain", "captured", "auto"]
 
@@ -52,20 +54,6 @@ class CacheKind(Protocol):
 
     def as_dict(self) -> dict[str, Any]:
         """Arguments that make this kind again."""
-
-
-class Decoding(Protocol):
-    """Another way to generate than one token after the other."""
-
-    name: str  # what a row says about it
-
-    def generate(
-        self, engine: TransformersEngine, prompt: Tensor, new_tokens: int, mask: Tensor | None
-    ) -> Iterator[Tensor]:
-        """The tokens of `TransformersEngine.generate`, found in another way."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Arguments that make this way again."""
 
 
 class TransformersEngine:
@@ -115,7 +103,16 @@ class TransformersEngine:
                     f"the engine's {key} is {before} already and cannot be {getattr(value, 'name', value)} as well; "
                     "leave one of the two methods out"
                 )
-        return TransformersEngine(module or self.module, **(own | parts))
+        return TransformersEngine(module or self.module, **(own | parts), steps=self.steps)
+
+    def decoding_by(self, decoding: Decoding | None) -> TransformersEngine:
+        """The same engine with another way to decode; None: one token after the other."""
+        return TransformersEngine(self.module, self.cache, self._chosen_attention, decoding, self.steps)
+
+    def on_hardware(self, attention: str | None, steps: Steps) -> TransformersEngine:
+        """The same engine as a machine's configuration runs it; a method's own attention comes first."""
+        chosen = self._chosen_attention or attention
+        return TransformersEngine(self.module, self.cache, chosen, self.decoding, steps)
 
     # ---- scoring
 
@@ -234,7 +231,9 @@ class TransformersEngine:
         prompt = prompt.to(self.module.device)
         mask = None if mask is None or bool(mask.all()) else mask.to(prompt.device).long()
         if mask is not None and not self._takes_padding:
-            rows = [self._generate(row[None, own.bool()], new_tokens, None) for row, own in zip(prompt, mask, strict=True)]
+            rows = [
+                self._generate(row[None, own.bool()], new_tokens, None) for row, own in zip(prompt, mask, strict=True)
+            ]
             for step in zip(*rows, strict=True):
                 yield torch.cat(step)
         else:

@@ -90,9 +90,7 @@ class StreamPerplexity:
             interval = statistics.perplexity_interval(part, min(BLOCK, len(part)), generator)
             yield Measurement("stream_perplexity", float(np.exp(part.mean())), "ppl", on, "lower", interval, note)
 
-    def _reference(
-        self, lm: LanguageModel, context: Context, text: Tensor, window: int, stride: int
-    ) -> np.ndarray:
+    def _reference(self, lm: LanguageModel, context: Context, text: Tensor, window: int, stride: int) -> np.ndarray:
         """Losses [tokens - 1] of the dense model in windows: scored and kept by the dense run, read by the others."""
         file = f"stream-{self.tokens}-windows-{window}-{stride}.npy"
         if context.reference is not None:

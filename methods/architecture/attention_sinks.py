@@ -100,13 +100,15 @@ class AttentionSinks:
         window = trained - self.sinks if self.window is None else self.window
         if trained is not None and self.sinks + window > trained:
             raise ConfigError(
-                f"method.sinks={self.sinks} and method.window={window}: a cache of {self.sinks + window} tokens exceeds "
-                f"the {trained} positions of this model; choose a window of at most {trained - self.sinks}"
+                f"method.sinks={self.sinks} and method.window={window}: a cache of {self.sinks + window} tokens "
+                f"exceeds the {trained} positions of this model; choose a window of at most {trained - self.sinks}"
             )
         kinds = kinds_of(base.module.config)
         engine = base.engine.changed(cache=SinkCache(self.sinks, window, self.chunk, kinds))
         for sinks in (0, self.sinks):
-            check_forgetting(base.module, base.engine.changed(cache=SinkCache(sinks, max(window, 16), self.chunk, kinds)))
+            check_forgetting(
+                base.module, base.engine.changed(cache=SinkCache(sinks, max(window, 16), self.chunk, kinds))
+            )
         check_rotation(base.engine.changed(cache=SinkCache(0, max(window, 16), self.chunk, kinds)))
         base.engine = engine
         return base

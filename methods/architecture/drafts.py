@@ -1,4 +1,4 @@
-"""Where speculative decoding gets its guesses: from the text itself, from the target's first layers, from a small model.
+"""Where speculative decoding gets its guesses: the text itself, the target's first layers, a small model.
 
 A draft says what may come next and, where it drew at random, from which distribution. It answers for a batch of rows
 at once; a row for which it has no guess holds -1.

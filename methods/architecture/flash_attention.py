@@ -26,7 +26,7 @@ TILE = 128  # queries and keys of a tile of the reference
 class Running:
     """Softmax over the keys seen so far, unfinished: one row for each query, in float32 (float64 stays).
 
-    top: largest score, [..., Q]; total: sum of exp(score - top), [..., Q]; out: values weighted by the same, [..., Q, D].
+    top: largest score, [..., Q]; total: sum of exp(score - top), [..., Q]; out: values with these weights, [..., Q, D].
     """
 
     top: Tensor
@@ -140,7 +140,9 @@ class FlashAttention:
         expected = base.engine.hidden(tokens)
         base.engine = base.engine.changed(attention=self.implementation)
         if self.implementation.startswith("flash_attention") and expected.dtype == torch.float32:
-            return base  # these packages compute in 16 bits only, as decoding does; scoring in 32 bits fails and says so
+            return (
+                base  # these packages compute in 16 bits only, as decoding does; scoring in 32 bits fails and says so
+            )
         got = base.engine.hidden(tokens)
         bound = max(1e-3, 16 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
         if float((got - expected).abs().max()) > bound:

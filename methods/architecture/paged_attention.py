@@ -94,7 +94,7 @@ class BlockPool:
 
 @dataclass
 class Text:
-    """One text in the pool: its table of blocks and its length in tokens."""
+    """One sequence in the pool: its table of blocks and its length in tokens."""
 
     pool: BlockPool
     table: list[int]
@@ -110,7 +110,9 @@ class Text:
         needed = ceil((self.length + tokens) / size) - len(self.table)
         shared = tokens > 0 and self.length % size > 0 and self.pool.holders[self.table[-1]] > 1
         if self.pool.free is not None and needed + shared > self.pool.free:
-            raise RunError(f"{needed + shared} blocks are needed and {self.pool.free} are free; finish a sequence first")
+            raise RunError(
+                f"{needed + shared} blocks are needed and {self.pool.free} are free; finish a sequence first"
+            )
         if shared:  # copy on write, of this block alone
             old = self.table[-1]
             self.table[-1] = self.pool.take()

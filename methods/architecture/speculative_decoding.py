@@ -13,13 +13,14 @@ exact, since every token is the model's, whenever it is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from harness.engines.decoding import Counts
 from harness.errors import ConfigError, RunError
 from methods.architecture.drafts import NONE, Choose, Draft, Guesses
 
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------------- formulas
 
 
-def expected_tokens(acceptance: float, drafts: int) -> float:
+def expected_tokens(acceptance: float, drafts: float) -> float:
     """Tokens of one pass of the target when each guess is right with this probability (Equation 1)."""
     if acceptance >= 1:
         return drafts + 1.0
     return (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
 
 
-def expected_speedup(acceptance: float, drafts: int, cost: float, check: float = 1.0) -> float:
+def expected_speedup(acceptance: float, drafts: float, cost: float, check: float = 1.0) -> float:
     """Speed against the target alone (Theorem 3.8).
 
     cost: seconds of one guess over seconds of one step of the target. check: seconds of a pass over n + 1 tokens over
@@ -123,17 +124,6 @@ def drawn(distribution: Tensor, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ engine
 
 
-@dataclass
-class Counts:
-    """What a request came to. Of the slowest row of a batch, which sets the pace."""
-
-    passes: int = 0  # of the target, after the prompt
-    tokens: int = 0  # that these passes gave
-    guesses: int = 0  # made
-    accepted: int = 0  # of the guesses
-    examined: int = 0  # guesses that were accepted or were the first to be rejected
-
-
 @dataclass(frozen=True)
 class Speculation:
     """The engine's way to decode.
@@ -144,6 +134,7 @@ class Speculation:
     draft: Draft
     drafts: int
     counts: Counts = field(default_factory=Counts, compare=False, repr=False)  # since it was made
+    clock: Callable[[], float] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -157,6 +148,20 @@ class Speculation:
             "draft": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **self.draft.as_dict()},
             "drafts": self.drafts,
         }
+
+    def counting(self, clock: Callable[[], float] | None) -> Speculation:
+        """The same with counts of its own; with a clock it waits for the device between guessing and checking."""
+        return Speculation(self.draft, self.drafts, Counts(), clock)
+
+    def expected_speedup(self, counts: Counts, step_seconds: float) -> tuple[float, float]:
+        """Theorem 3.8 for the guesses that were made on average, with a check that costs one step; and as clocked."""
+        guesses = counts.guesses / max(counts.passes, 1)
+        cost = counts.guess_seconds / max(counts.guesses, 1) / step_seconds
+        check = counts.check_seconds / max(counts.passes, 1) / step_seconds
+        return (
+            expected_speedup(counts.acceptance, guesses, cost),
+            expected_speedup(counts.acceptance, guesses, cost, check),
+        )
 
     def generate(
         self,
@@ -185,7 +190,9 @@ class Speculation:
         while text.shape[1] < end:
             mask = None if mask is None else _grown(mask, text.shape[1])
             room = end - text.shape[1] - 1  # one token more comes from the target itself
+            begun = self._now(engine)
             guesses = drafter.propose(text, min(self.drafts, room), mask) if room else _none(text)
+            guessed = self._now(engine)
             count = guesses.tokens.shape[1]
             step = torch.cat([text[:, -1:], guesses.tokens.clamp(min=0)], dim=1)
             read = None if mask is None else _grown(mask, text.shape[1] + count)
@@ -201,17 +208,26 @@ class Speculation:
                 last = torch.where(accepted > pace, guesses.tokens[:, pace], following)
             cache.crop(pace - count)
             new = torch.cat([guesses.tokens[:, :pace], last[:, None]], dim=1)
-            self._count(guesses.tokens, pace)
+            self._count(guesses.tokens, pace, guessed - begun, self._now(engine) - guessed)
             text = torch.cat([text, new], dim=1)
             yield from new.unbind(1)
 
-    def _count(self, guesses: Tensor, pace: int) -> None:
+    def _now(self, engine: TransformersEngine) -> float:
+        if self.clock is None:
+            return 0.0
+        if engine.module.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.clock()
+
+    def _count(self, guesses: Tensor, pace: int, guess_seconds: float, check_seconds: float) -> None:
         count = guesses.shape[1]
         self.counts.passes += 1
         self.counts.tokens += pace + 1
         self.counts.guesses += count
         self.counts.accepted += pace
         self.counts.examined += min(pace + 1, count)
+        self.counts.guess_seconds += guess_seconds
+        self.counts.check_seconds += check_seconds
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, None]:

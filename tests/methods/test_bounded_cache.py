@@ -229,7 +229,9 @@ def test_tokens_taken_back_leave_no_trace():
     close(engine.read_body(TOKENS[:, 14:20], cache), engine.read_body(TOKENS[:, 14:20], other))
 
 
-@pytest.mark.parametrize("method", [WindowedAttention(6, [0, 3], 7), AttentionSinks(2, None, 7)], ids=["window", "sinks"])
+@pytest.mark.parametrize(
+    "method", [WindowedAttention(6, [0, 3], 7), AttentionSinks(2, None, 7)], ids=["window", "sinks"]
+)
 def test_a_saved_model_comes_back_with_its_cache(method, trained, bench, tmp_path):
     compressed = method.compress(trained, bench)
     artifact.save(compressed, tmp_path / "model")
@@ -241,7 +243,7 @@ def test_a_saved_model_comes_back_with_its_cache(method, trained, bench, tmp_pat
 
 @pytest.mark.parametrize("architecture", ["opt", "bloom", "falcon_alibi"])
 def test_models_without_rotary_embedding_are_refused(architecture):
-    with pytest.raises(ConfigError, match="choose (a|another) model"):
+    with pytest.raises(ConfigError, match=r"choose (a|another) model"):
         applied(AttentionSinks(2, 6, 7), architecture)
 
 

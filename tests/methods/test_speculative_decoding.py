@@ -62,7 +62,9 @@ def test_greedy_decoding_gives_the_models_own_tokens(architecture, draft):
 def test_neither_the_number_of_guesses_nor_the_end_of_the_answer_changes_tokens(drafts, new_tokens):
     module = tiny_model("llama")
     guessing = TransformersEngine(module, decoding=Speculation(TruncatedDraft(2), drafts))
-    assert torch.equal(generated(guessing, PROMPT, new_tokens), generated(TransformersEngine(module), PROMPT, new_tokens))
+    assert torch.equal(
+        generated(guessing, PROMPT, new_tokens), generated(TransformersEngine(module), PROMPT, new_tokens)
+    )
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ def test_a_small_models_weights_are_saved_loaded_and_counted(trained, trained_fo
     assert torch.equal(loaded.module.draft.model(tokens).logits, small.module(tokens).logits)
 
 
-@pytest.mark.parametrize("draft", DRAFTS[:1] + [TruncatedDraft(1)], ids=lambda draft: draft.name)
+@pytest.mark.parametrize("draft", [*DRAFTS[:1], TruncatedDraft(1)], ids=lambda draft: draft.name)
 def test_a_saved_model_comes_back_with_its_draft(draft, trained, bench, tmp_path):
     compressed = SpeculativeDecoding(draft, 5).compress(trained, bench)
     artifact.save(compressed, tmp_path / "model")
