@@ -208,6 +208,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     corpus = _by_content(config["corpus"])
     for section in ("model", "method", "evaluation"):
         kept[section] = _by_content(config[section])
+    kept["hardware"] = environment.telling(config["hardware"])
     kept["calibration"] = config["calibration"]
     calibrates = config["card"].get("calibrates", True)
     if not calibrates:

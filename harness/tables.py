@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import markup
 from harness.curve_plot import learning_curves
+from harness.environment import telling
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record, write_text_atomically
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
@@ -52,6 +53,7 @@ class Quantity:
     """How one metric is shown: a short head with its unit, and its digits.
 
     every_workload: a column for each `on` found; otherwise the smallest batch, or the first measured, alone.
+    longest: the one with the longest context, which the head names.
     """
 
     metric: str
@@ -60,6 +62,7 @@ class Quantity:
     scale: float = 1.0
     interval: Callable[[float], str] | None = None
     every_workload: bool = False
+    longest: bool = False
 
 
 def _significant(digits: int) -> Callable[[float], str]:
@@ -82,6 +85,7 @@ QUANTITIES = (
     Quantity("perplexity", "PPL", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("kl_divergence", "KL nats", _significant(3), every_workload=True),
     Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
+    Quantity("stream_perplexity_ratio", "stream ×", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("accuracy_before", "before %", _fixed(1), scale=100, every_workload=True),
     Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("accuracy_with_calculator", "calculator %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
@@ -91,6 +95,12 @@ QUANTITIES = (
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
     Quantity("requests_per_second", "req/s", _significant(3), every_workload=True),
+    Quantity("decoding_speedup", "speed-up ×", _significant(3), every_workload=True),
+    Quantity("guess_acceptance", "accepted %", _fixed(1), scale=100, every_workload=True),
+    Quantity("context_output_token_ms", "TPOT ms", _significant(3), longest=True),
+    Quantity("context_cache_bytes", "cache MB", _significant(3), scale=1e-6, longest=True),
+    Quantity("context_peak_exponent", "peak ~ n^", _fixed(2), every_workload=True),
+    Quantity("cache_slots_per_token", "slots/token", _significant(3), every_workload=True),
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
@@ -148,7 +158,7 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 
 def _setting(record: RunRecord) -> str:
     config = record.config
-    keys = [record.model, *(config.get(key) for key in ("model", "hardware", "engine"))]
+    keys = [record.model, config.get("model"), telling(config.get("hardware") or {}), config.get("engine")]
     keys += [_evaluated_text(record), _machine(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
@@ -424,6 +434,10 @@ def _columns(records: list[RunRecord]) -> list[Column]:
         found = [m for record in records for m in record.measurements if m.metric == quantity.metric]
         if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
             columns.append(Column(quantity, None, quantity.head, "lower"))
+        elif found and quantity.longest:
+            on = max((m.on for m in found), key=_context)
+            head = f"{quantity.head} at {_context(on):.0f}"
+            columns.append(Column(quantity, on, head, found[0].better))
         elif found and quantity.every_workload:
             workloads = sorted(dict.fromkeys(m.on for m in found), key=_batch)
             heads = _short_names(workloads)
@@ -463,6 +477,11 @@ def _task_head(column: Column) -> Column:
 def _batch(on: str) -> float:
     found = re.search(r"\bbatch (\d+)", on)
     return float(found[1]) if found else math.inf
+
+
+def _context(on: str) -> float:
+    found = re.search(r"\bcontext (\d+)", on)
+    return float(found[1]) if found else 0
 
 
 def _short_names(workloads: list[str]) -> dict[str, str]:
