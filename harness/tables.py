@@ -152,7 +152,7 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
                 wider = [other for other in kept if protocol < other]
                 home = max(wider, key=lambda other: _kinship(record, kept[other]), default=protocol)
                 kept.setdefault(home, []).append(record)
-        blocks += kept.values()
+        blocks += map(_one_dense, kept.values())
     return blocks
 
 
@@ -234,7 +234,7 @@ def _hardware_name(record: RunRecord) -> str:
 def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) -> list[Block]:
     """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
     rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
-    split = [_one_dense(b) for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
+    split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
     return [_block(records, table.groups) for records in split]

@@ -213,6 +213,28 @@ def test_one_task_judged_in_two_ways_has_two_columns():
     assert (row["gsm8k % strict"].value, row["gsm8k % flexible"].value) == ("10.0", "20.0")
 
 
+def test_a_dense_model_asked_in_several_ways_is_one_row_and_before_and_after_stand_in_one():
+    on = "svamp, 100 of 300 questions (sample 0), exact match (number), asked as it is taught"
+
+    def with_answers(run, **values):
+        more = [Measurement(metric, value, "share", on, "higher") for metric, value in values.items()]
+        return replace(run, measurements=[*run.measurements, *more])
+
+    dense = [
+        with_answers(record("dense", method={"way": way}), accuracy=share) for way, share in (("a", 0.02), ("b", 0.05))
+    ]
+    students = [
+        with_answers(record(name), accuracy_before=before, accuracy=after)
+        for name, before, after in (("fine_tune_cot", 0.02, 0.11), ("step_by_step", 0.05, 0.2))
+    ]
+    (block,) = tables.blocks_of(table_named("table_3"), [*dense, *students])
+    rows = rows_of(block)
+    assert [label for label in rows if label.startswith("Dense")] == ["Dense"]
+    assert rows["Dense"]["svamp %"].value == ""  # what it answers depends on how it is asked: see each student's row
+    assert (rows["Fine-tune-CoT"]["before %"].value, rows["Fine-tune-CoT"]["svamp %"].value) == ("2.0", "11.0")
+    assert (rows["Step-by-step"]["before %"].value, rows["Step-by-step"]["svamp %"].value) == ("5.0", "20.0")
+
+
 def test_without_speed_there_is_no_column_of_kernels():
     (block,) = blocks([record("gptq", 4, batches=())])
     assert "kernel" not in block.heads
