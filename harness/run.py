@@ -194,14 +194,17 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides the numbers.
 
     The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
-    swept. A method that does not calibrate does not depend on calibration settings.
+    swept. A method that does not calibrate does not depend on calibration settings; one that trains on as much of the
+    calibration text as its own settings say (`calibrates: text`) depends on the text, not on the settings.
     """
-    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "evaluation", "seed")}
     corpus = _by_content(config["corpus"])
-    kept["model"] = _by_content(config["model"])
+    kept["method"], kept["model"] = _by_content(config["method"]), _by_content(config["model"])
     kept["calibration"] = config["calibration"]
-    if not config["card"].get("calibrates", True):
+    calibrates = config["card"].get("calibrates", True)
+    if not calibrates:
         corpus.pop("calibration", None)
+    if calibrates is not True:
         kept["calibration"] = None
     kept["corpus"] = corpus
     kept["card"] = {key: config["card"].get(key) for key in ("name", "version")}
@@ -411,7 +414,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
+        "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates is True else 0,
         "training_tokens": learned.tokens,
         "spared_seconds": learned.spared_seconds,
     }
@@ -472,9 +475,15 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     if cost["compress_seconds"] is None:
         return []
     on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
+    found = []
     if cost.get("training_tokens"):
         on += f", {cost['training_tokens']} tokens of training"
-    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
+        found.append(Measurement("training_tokens", cost["training_tokens"], "tokens", "while compressing", "lower"))
+    where = "peak_device_bytes" if cost.get("peak_device_bytes") is not None else "peak_host_bytes"
+    if cost.get(where) is not None:
+        memory = "device memory" if where == "peak_device_bytes" else "the process, libraries included"
+        found.append(Measurement("peak_compress_bytes", cost[where], "bytes", memory, "lower"))
+    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower"), *found]
 
 
 def _environment(hardware: environment.Hardware) -> dict[str, Any]:

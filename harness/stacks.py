@@ -87,7 +87,12 @@ def _card(cards: list[dict[str, Any]]) -> dict[str, Any]:
         "activation_bits": last("activation_bits"),
         "key_value_bits": last("key_value_bits"),
         "runtime": None,
-        "calibrates": any(card.get("calibrates", True) for card in cards),
+        "calibrates": _calibrates([card.get("calibrates", True) for card in cards]),
         "departures": lines("departures"),
         "notes": lines("notes"),
     }
+
+
+def _calibrates(steps: list[bool | str]) -> bool | str:
+    """Of a stack: what the step that depends on most depends on."""
+    return True if True in steps else next((value for value in steps if value), False)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import markup
+from harness.curve_plot import learning_curves
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record, write_text_atomically
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
@@ -87,6 +88,8 @@ QUANTITIES = (
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
+    Quantity("peak_compress_bytes", "comp. GB", _significant(3), scale=1e-9),
+    Quantity("training_tokens", "train. k", _significant(3), scale=1e-3),
 )
 
 
@@ -360,7 +363,8 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
             found[prefix] = value
 
     walk("method", record.config.get("method"))
-    walk("calibration", record.config.get("calibration"))
+    if record.card.get("calibrates", True) is True:
+        walk("calibration", record.config.get("calibration"))
     return found
 
 
@@ -748,11 +752,16 @@ def write_table(table: Table, records: Sequence[RunRecord], folder: Path, strict
     for suffix, content in (
         ("md", f"{to_markdown(title, blocks, absent)}\n{source}\n"),
         ("tex", to_latex(title, blocks, absent)),
-        ("html", to_html(title, blocks, absent)),
+        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
         ("csv", to_csv(shown)),
     ):
         write_text_atomically(content, folder / f"{table.name}.{suffix}")
     return to_markdown(title, blocks, absent, width=_terminal_width())
+
+
+def _curve_title(record: RunRecord) -> str:
+    bits = f", {record.bits} bits" if record.bits is not None else ""
+    return f"{_title(record)}{bits} ({record.model}, {record.id[:6]})"
 
 
 LISTED = "\n".join(f"  {table.name}  {table.number:>3}  {table.title}" for table in TABLES)

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from harness import run, stacks
-from harness.cli import GROUPS, check_names, one_line, options, resolve
+from harness.cli import GROUPS, check_names, one_line, options, resolve, sweepable
 from harness.errors import ConfigError
 from harness.run import CONF, make
 
@@ -227,3 +227,17 @@ def test_stacks_that_mean_nothing_are_refused(wrong):
 
 def test_a_wrong_name_in_a_stack_is_named():
     assert "unknown method 'gptqq'. Did you mean gptq?" in check_names(["method=[wanda,gptqq]"])
+
+
+def test_a_value_of_a_method_can_be_set_for_a_whole_sweep():
+    """Hydra first composes the default method with it, which has no such value."""
+    swept = ["-m", "method=rtn,gptq", "method.grid.group_size=32", "bits=3"]
+    for method in ("dense", "rtn", "gptq"):
+        own = [f"method={method}", *sweepable(swept)[2:]]
+        config = resolved(*own)
+        assert config["method"]["grid"]["group_size"] == 32
+        if method != "dense":
+            run.build(config)
+    assert sweepable(swept[1:]) == swept[1:]  # one run: a wrong name is Hydra's to refuse
+    with pytest.raises(ConfigError, match="dampling"):
+        run.build(resolved("method=gptq", *sweepable(["-m", "method.dampling=1"])[1:]))
