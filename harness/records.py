@@ -43,6 +43,10 @@ class Measurement:
     note: str = ""
 
 
+WITH_ZEROS = "dense with zeros, no sparse kernel"  # the kernel of a sparse layer that no kernel multiplies faster
+REMOVED_SHARE = "share of the blocks' weights removed"  # the curve, of one point, in which structured pruning says so
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a run has no result: the stage that ended and the reason, in words a user can act on."""
