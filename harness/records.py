@@ -44,7 +44,9 @@ class Measurement:
 
 
 WITH_ZEROS = "dense with zeros, no sparse kernel"  # the kernel of a sparse layer that no kernel multiplies faster
-REMOVED_SHARE = "share of the blocks' weights removed"  # the curve, of one point, in which structured pruning says so
+# Curves of one point, in which methods note what tables say about them
+REMOVED_SHARE = "share of the blocks' weights removed"
+OFF_GRID = "linears whose weights left an earlier step's grid"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError, RunError
+from harness.records import OFF_GRID
 from methods.blocks import block_linears, replace_module
 from methods.pruning.masks import MaskedLinear
 from methods.pruning.sparse_linear import SparseLinear
@@ -57,6 +58,7 @@ class Stack:
             base = step.compress(base, own)
             left = close_layers(base, known, name)
             if left:
+                bench.log.point(OFF_GRID, 0, left)
                 log.warning(
                     "%s moved the weights of %d linears off the grid of an earlier step, so each is stored in 16 bits; "
                     "put %s first to keep few bits",

@@ -517,14 +517,17 @@ def test_a_structured_row_says_what_was_removed_of_what_was_asked_for():
     dense = record("dense")
     row = record("gum", method={"sparsity": 0.25}, card={"taxonomy": "pruning/structured"})
     row = replace(row, curves={share: [[0, 0.2]]})
-    whole, left = (Measurement("parameters", count, "parameters", "all", "lower") for count in (100e6, 80e6))
+    whole, left = (Measurement("parameters", count, "parameters", "all", "lower") for count in (1000, 800))
     dense = replace(dense, measurements=[*dense.measurements, whole])
     row = replace(row, measurements=[*row.measurements, left])
     text = tables.summary_table([dense, row]).replace("\n  ", " ")
-    assert (
-        "20.0% of the blocks' weights removed, 0.25 asked for; 80.0 of 100.0 million parameters left (-20.0%)" in text
-    )
+    assert "20.0% of the blocks' weights removed, 0.25 asked for; 800 of 1,000 parameters left (-20.0%)" in text
     assert "removed" not in tables.summary_table([dense])
+
+
+def test_a_stack_that_left_its_grid_says_so():
+    row = replace(record("gptq", 4), curves={"linears whose weights left an earlier step's grid": [[0, 210]]})
+    assert "210 linears left the grid of an earlier step" in tables.summary_table([record("dense"), row])
 
 
 def test_zeros_that_no_kernel_skips_are_said_where_no_speed_says_so():
