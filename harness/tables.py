@@ -28,7 +28,15 @@ from harness import markup
 from harness.curve_plot import learning_curves
 from harness.environment import telling
 from harness.errors import ConfigError
-from harness.records import Measurement, RunRecord, read_record, write_text_atomically
+from harness.records import (
+    OFF_GRID,
+    REMOVED_SHARE,
+    WITH_ZEROS,
+    Measurement,
+    RunRecord,
+    read_record,
+    write_text_atomically,
+)
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
 
@@ -591,6 +599,7 @@ def _remarks(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
     beside: the other rows of the block; a stack is compared with its steps among them.
     """
     remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes"), *_additivity(record, beside)]
+    remarks += [*_removal(record, beside), *_zeros(record), *_off_grid(record)]
     if record.card.get("runtime"):
         remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
@@ -624,6 +633,33 @@ def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
         f"alone: {listed}; if their losses added up, {predicted:.4g}; measured {math.exp(measured):.4g} "
         f"({math.exp(measured) / predicted - 1:+.1%})"
     ]
+
+
+def _removal(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a structured pruner took out, beside what it was asked for, and the parameters that are left."""
+    reached = record.curves.get(REMOVED_SHARE)
+    if not reached:
+        return []
+    parts = [f"{reached[-1][1]:.1%} of the blocks' weights removed, {_sparsity(record)} asked for"]
+    dense = next((r for r in beside if _name(r) == DENSE.name), None)
+    left, whole = (r.value("parameters") if r else None for r in (record, dense))
+    if left and whole:
+        parts.append(f"{left:,.0f} of {whole:,.0f} parameters left ({left / whole - 1:+.1%})")
+    return ["; ".join(parts)]
+
+
+def _zeros(record: RunRecord) -> list[str]:
+    """That zeros were multiplied like other numbers, where no speed column says which kernel ran."""
+    loaded = record.find("loaded_weight_bytes")
+    if record.find("time_per_output_token_ms") or loaded is None or WITH_ZEROS not in loaded.note:
+        return []
+    return [f"runs {WITH_ZEROS}: no faster than dense"]
+
+
+def _off_grid(record: RunRecord) -> list[str]:
+    """That a stack has no longer the bit-width that its row names."""
+    off = record.curves.get(OFF_GRID)
+    return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
 
 
 def _lines_of(record: RunRecord, field: str) -> list[str]:

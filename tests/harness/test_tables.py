@@ -532,3 +532,32 @@ def test_what_else_runs_a_row_and_what_its_author_must_say_are_footnotes():
     text = tables.summary_table([record("dense"), row])
     assert "other runtimes: vLLM" in text
     assert "on this model a tie" in text
+
+
+def test_a_structured_row_says_what_was_removed_of_what_was_asked_for():
+    share = "share of the blocks' weights removed"
+    dense = record("dense")
+    row = record("gum", method={"sparsity": 0.25}, card={"taxonomy": "pruning/structured"})
+    row = replace(row, curves={share: [[0, 0.2]]})
+    whole, left = (Measurement("parameters", count, "parameters", "all", "lower") for count in (1000, 800))
+    dense = replace(dense, measurements=[*dense.measurements, whole])
+    row = replace(row, measurements=[*row.measurements, left])
+    text = tables.summary_table([dense, row]).replace("\n  ", " ")
+    assert "20.0% of the blocks' weights removed, 0.25 asked for; 800 of 1,000 parameters left (-20.0%)" in text
+    assert "removed" not in tables.summary_table([dense])
+
+
+def test_a_stack_that_left_its_grid_says_so():
+    row = replace(record("gptq", 4), curves={"linears whose weights left an earlier step's grid": [[0, 210]]})
+    assert "210 linears left the grid of an earlier step" in tables.summary_table([record("dense"), row])
+
+
+def test_zeros_that_no_kernel_skips_are_said_where_no_speed_says_so():
+    note = "200 as a dense model; dense with zeros, no sparse kernel, bfloat16"
+    loaded = Measurement("loaded_weight_bytes", 200, "bytes", "ready to decode", "lower", note=note)
+    timed = record("wanda", method={"sparsity": 0.5})
+    quality = [m for m in timed.measurements if not m.metric.startswith("time_per")]
+    untimed = replace(timed, measurements=[*quality, loaded])
+    assert "no sparse kernel: no faster than dense" in tables.summary_table([record("dense"), untimed])
+    timed = replace(timed, measurements=[*timed.measurements, loaded])
+    assert "no faster than dense" not in tables.summary_table([record("dense"), timed])
