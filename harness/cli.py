@@ -25,6 +25,7 @@ GROUPS = {  # the order in which help lists them
     "method": "how the model is made cheaper",
     "model": "what is compressed",
     "hardware": "what it runs on",
+    "engine": "what runs the compressed model",
     "evaluation": "which numbers are measured",
     "corpus": "text to calibrate on and to evaluate on",
     "calibration": "how much text a method may calibrate on",

@@ -123,9 +123,15 @@ def complete(
     return texts
 
 
-def encode(lm: LanguageModel, prompt: str, new_tokens: int) -> list[int]:
-    """Ids of a prompt. Raises RunError when it and `new_tokens` do not fit into the model's context."""
-    ids = lm.tokenizer(prompt, verbose=False)["input_ids"]
+def encode(lm: LanguageModel, prompt: str, new_tokens: int, chat: bool = False) -> list[int]:
+    """Ids of a prompt; with `chat`, as a user's message in the model's template.
+
+    Raises RunError when it and `new_tokens` do not fit into the model's context.
+    """
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        prompt = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = lm.tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]  # a template has its own
     if not ids:
         raise RunError("a prompt without a token cannot be continued; give it a word")
     room = (getattr(lm.engine, "context_tokens", None) or POSITIONS_UNLIMITED) - new_tokens

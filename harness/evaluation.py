@@ -39,6 +39,8 @@ class Probe(Protocol):
     `stage` says in which process it runs: "evaluate" (quality; the engine is prepared for scoring) or
     "time" (speed and memory; a fresh process, the engine prepared for decoding).
     `compares` is true when it reads the outcomes of the dense run (`context.reference`).
+    `needs`, where a probe has it, names what the engine must give beyond scores and tokens: "hidden states",
+    "requests" (see harness.engines.choice).
     """
 
     stage: Stage

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness import environment, sanity, stages
+from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
 from harness.errors import ConfigError, RunError
 from harness.records import (
     Failure,
@@ -36,6 +37,7 @@ from harness.records import (
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
+    from harness.engines.choice import EngineChoice
     from harness.evaluation import Probe
     from harness.method import Method
     from harness.models import ModelSource
@@ -81,6 +83,7 @@ class Parts:
     model: ModelSource
     corpus: Corpus
     hardware: environment.Hardware
+    engine: EngineChoice
     probes: list[Probe]
 
 
@@ -110,6 +113,7 @@ def run(
         stages.warm_up()
         parts = build(config)
         getattr(parts.method, "check_available", lambda: None)()  # another project's library, before weights load
+        parts.engine.check_available()
         compared = _baseline_needed(config, parts)
     except ConfigError as error:
         return Outcome("refused", title, str(error))
@@ -155,9 +159,11 @@ def build(config: dict[str, Any]) -> Parts:
     """Make every part of the configuration. Raises ConfigError for whatever is wrong with it."""
     hardware = make(config["hardware"], "hardware", {"_target_": "harness.environment.Hardware"})
     hardware.check_device()
-    probes = [make(probe, f"evaluation.probes.{name}") for name, probe in config["evaluation"]["probes"].items()]
+    probes = {name: make(probe, f"evaluation.probes.{name}") for name, probe in config["evaluation"]["probes"].items()}
     if not probes:
         raise ConfigError("evaluation has no probes: choose evaluation=quick, or name one")
+    engine = make(config.get("engine", {}), "engine", DEFAULT)
+    check_probes(engine, probes)
     texts = {key: value for key, value in config["corpus"].items() if key != "path"}  # corpus.path is for its texts
     corpus = make({"_target_": "harness.corpus.Corpus", **texts, **config["calibration"]}, "corpus and calibration")
     return Parts(
@@ -165,7 +171,8 @@ def build(config: dict[str, Any]) -> Parts:
         model=make(config["model"], "model"),
         corpus=corpus,
         hardware=hardware,
-        probes=probes,
+        engine=engine,
+        probes=list(probes.values()),
     )
 
 
@@ -201,6 +208,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     corpus = _by_content(config["corpus"])
     for section in ("model", "method", "evaluation"):
         kept[section] = _by_content(config[section])
+    kept["hardware"] = environment.telling(config["hardware"])
     kept["calibration"] = config["calibration"]
     calibrates = config["card"].get("calibrates", True)
     if not calibrates:
@@ -211,6 +219,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     kept["card"] = {key: config["card"].get(key) for key in ("name", "version")}
     kept["protocol"] = PROTOCOL
     kept["machine"] = environment.machine_fingerprint()
+    if not is_default(config.get("engine")):
+        kept["engine"] = config["engine"]
     return kept
 
 
@@ -259,15 +269,17 @@ def digest_of(value: Any) -> str:
 
 def record_path(wanted: dict[str, Any], digest: str, paths: Paths) -> Path:
     """Where the record of a configuration lies."""
-    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), wanted["hardware"]["name"], digest])
+    engine = [wanted["engine"]["name"]] if "engine" in wanted else []
+    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), *engine, wanted["hardware"]["name"], digest])
     return paths.results / "records" / _safe(wanted["model"]["name"]) / f"{_safe(name)}.json"
 
 
 def describe(config: dict[str, Any]) -> str:
-    """A run in a few words: "GPTQ, 3 bits, on smollm2-135m-gguf"."""
+    """A run in a few words: "GPTQ, 3 bits, on smollm2-135m-gguf", and the engine where it is not the default."""
     card = config["card"]
     bits = f", {card['bits']} bits" if card.get("bits") is not None else ""
-    return f"{card['title']}{bits}, on {config['model']['name']}"
+    engine = "" if is_default(config.get("engine")) else f", in {config['engine']['name']}"
+    return f"{card['title']}{bits}, on {config['model']['name']}{engine}"
 
 
 def dense_twin(config: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +329,7 @@ def _measure(
         model=config["model"]["name"],
         bits=config["card"].get("bits"),
         config={key: config[key] for key in ("bits", "sparsity", "seed") if key in config} | _sections(config),
-        environment=_environment(parts.hardware),
+        environment=_environment(hardware_with(parts.engine, parts.hardware), parts.engine),
         baseline=reference.record.id if reference and reference.record else None,
         samples=str(samples.relative_to(paths.results)),
         command=shlex.join(["python", "-m", "harness", *sys.argv[1:]]),
@@ -434,24 +446,20 @@ def evaluate(
     config: dict[str, Any], cache: str, artifact: str, samples: str, kept: str, reference: str | None, stage: str
 ) -> list[dict[str, Any]]:
     """The evaluate and time stages (each runs in a child process): load the artifact, run the probes of this stage."""
-    import torch
-
     from harness import artifact as artifacts
     from harness.evaluation import Context, run_probes
     from harness.progress import TerminalProgress
 
     quiet_libraries()
     parts, folder = build(config), Path(artifact)
+    hardware = hardware_with(parts.engine, parts.hardware)
     # what is loaded must be what was compressed, whatever happened to the disk since
     report = json.loads((folder / STAGE_REPORT).read_text(encoding="utf-8"))
     if artifacts.sha256(folder) != report["artifact"]["sha256"]:
         raise RunError(f"{folder} changed after it was written (its hash differs); delete it and run again")
-    scoring = stage == "evaluate"
-    dtype = parts.hardware.scoring_dtype if scoring else parts.hardware.resolved_decoding_dtype()
-    lm = artifacts.load(folder, parts.hardware.device, getattr(torch, dtype))
     context = Context(
         corpus=parts.corpus,
-        hardware=parts.hardware,
+        hardware=hardware,
         artifact=folder,
         samples=Path(samples),
         reference=Path(reference) if reference else None,
@@ -459,7 +467,9 @@ def evaluate(
         seed=config["seed"],
         progress=TerminalProgress(),
     )
-    return [asdict(m) for m in run_probes(parts.probes, lm, context, stage, Path(kept))]
+    mode = "scoring" if stage == "evaluate" else "decoding"
+    with parts.engine.running(folder, hardware, mode, Path(kept) / f"{parts.engine.name}-{stage}.txt") as lm:
+        return [asdict(m) for m in run_probes(parts.probes, lm, context, stage, Path(kept))]
 
 
 def quiet_libraries() -> None:
@@ -492,8 +502,10 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower"), *found]
 
 
-def _environment(hardware: environment.Hardware) -> dict[str, Any]:
+def _environment(hardware: environment.Hardware, engine: EngineChoice) -> dict[str, Any]:
+    outside = engine.versions()
     return {
+        **({"engine_versions": outside} if outside else {}),
         "machine": environment.machine(),
         "threads": hardware.thread_count,
         "scoring_dtype": hardware.scoring_dtype,
@@ -505,7 +517,9 @@ def _environment(hardware: environment.Hardware) -> dict[str, Any]:
 
 
 def _sections(config: dict[str, Any]) -> dict[str, Any]:
-    sections = ("card", "method", "model", "hardware", "corpus", "calibration", "evaluation")
+    sections = ["card", "method", "model", "hardware", "corpus", "calibration", "evaluation"]
+    if not is_default(config.get("engine")):
+        sections.append("engine")
     return {section: config[section] for section in sections}
 
 

@@ -80,11 +80,13 @@ def _card(cards: list[dict[str, Any]]) -> dict[str, Any]:
     def lines(field: str) -> list[str]:
         return [f"{card['title']}: {line}" for card in cards for line in card.get(field) or []]
 
+    # other ways to run the same weights stand together, whatever the weights
+    leading = next((card for card in cards if card["taxonomy"].startswith("architecture/")), cards[0])
     return {
         "name": JOINT.join(card["name"] for card in cards),
         "version": JOINT.join(str(card["version"]) for card in cards),
         "title": f" {JOINT} ".join(card["title"] for card in cards),
-        "taxonomy": cards[0]["taxonomy"],
+        "taxonomy": leading["taxonomy"],
         "paper": ", ".join(dict.fromkeys(card["paper"] for card in cards if card.get("paper"))),
         "bits": last("bits"),
         "activation_bits": last("activation_bits"),

@@ -4,8 +4,9 @@
     python -m harness.tables all paths.results=DIR model=NAME         every table, of one model
     python -m harness.tables table_1 strict=true                      an error instead of several blocks
 
-One block of a table holds rows that may be compared: the same model, hardware, machine, text and protocol (the `on`
-of every measurement). Whatever differs in one of these stands in a block of its own; no column ever mixes two.
+One block of a table holds rows that may be compared: the same model, hardware, engine, machine, text and protocol
+(the `on` of every measurement). Whatever differs in one of these stands in a block of its own; no column ever mixes
+two.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 from harness import markup
 from harness.curve_plot import learning_curves
+from harness.environment import telling
 from harness.errors import ConfigError
-from harness.records import Measurement, RunRecord, read_record, write_text_atomically
+from harness.records import (
+    OFF_GRID,
+    REMOVED_SHARE,
+    WITH_ZEROS,
+    Measurement,
+    RunRecord,
+    read_record,
+    write_text_atomically,
+)
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
 
@@ -51,6 +61,7 @@ class Quantity:
     """How one metric is shown: a short head with its unit, and its digits.
 
     every_workload: a column for each `on` found; otherwise the smallest batch, or the first measured, alone.
+    longest: the one with the longest context, which the head names.
     """
 
     metric: str
@@ -59,6 +70,7 @@ class Quantity:
     scale: float = 1.0
     interval: Callable[[float], str] | None = None
     every_workload: bool = False
+    longest: bool = False
 
 
 def _significant(digits: int) -> Callable[[float], str]:
@@ -81,6 +93,7 @@ QUANTITIES = (
     Quantity("perplexity", "PPL", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("kl_divergence", "KL nats", _significant(3), every_workload=True),
     Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
+    Quantity("stream_perplexity_ratio", "stream ×", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("accuracy_before", "before %", _fixed(1), scale=100, every_workload=True),
     Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("accuracy_with_calculator", "calculator %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
@@ -89,6 +102,13 @@ QUANTITIES = (
     Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
+    Quantity("requests_per_second", "req/s", _significant(3), every_workload=True),
+    Quantity("decoding_speedup", "speed-up ×", _significant(3), every_workload=True),
+    Quantity("guess_acceptance", "accepted %", _fixed(1), scale=100, every_workload=True),
+    Quantity("context_output_token_ms", "TPOT ms", _significant(3), longest=True),
+    Quantity("context_cache_bytes", "cache MB", _significant(3), scale=1e-6, longest=True),
+    Quantity("context_peak_exponent", "peak ~ n^", _fixed(2), every_workload=True),
+    Quantity("cache_slots_per_token", "slots/token", _significant(3), every_workload=True),
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
@@ -126,8 +146,8 @@ class _Notes:
 def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     """Split records into blocks whose rows may be compared.
 
-    Equal model, hardware, machine and text come first. Among those, records with the same protocol share a block,
-    and one that measured a part of what another block measured (a failed run, speed alone) joins it.
+    Equal model, hardware, engine, machine and text come first. Among those, records with the same protocol share a
+    block, and one that measured a part of what another block measured (a failed run, speed alone) joins it.
     """
     settings: dict[str, dict[frozenset, list[RunRecord]]] = {}
     for record in records:
@@ -140,13 +160,14 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
                 wider = [other for other in kept if protocol < other]
                 home = max(wider, key=lambda other: _kinship(record, kept[other]), default=protocol)
                 kept.setdefault(home, []).append(record)
-        blocks += kept.values()
+        blocks += map(_one_dense, kept.values())
     return blocks
 
 
 def _setting(record: RunRecord) -> str:
     config = record.config
-    keys = [record.model, config.get("model"), config.get("hardware"), _evaluated_text(record), _machine(record)]
+    keys = [record.model, config.get("model"), telling(config.get("hardware") or {}), config.get("engine")]
+    keys += [_evaluated_text(record), _machine(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
 
@@ -200,10 +221,15 @@ def _difference(a: RunRecord, b: RunRecord) -> tuple[str, str]:
             for mine in (here - there, there - here)
         ]
         return words[0], words[1]
-    for section in ("model", "hardware", "corpus"):
+    for section in ("model", "hardware", "engine", "corpus"):
         if a.config.get(section) != b.config.get(section):
             return f"{section} {a.config.get(section)}", f"{section} {b.config.get(section)}"
     raise AssertionError("blocks differ in their setting or protocol")
+
+
+def _engine_name(record: RunRecord) -> str:
+    """The engine where it is not the one that records leave out."""
+    return str((record.config.get("engine") or {}).get("name", ""))
 
 
 def _hardware_name(record: RunRecord) -> str:
@@ -216,7 +242,7 @@ def _hardware_name(record: RunRecord) -> str:
 def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) -> list[Block]:
     """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
     rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
-    split = [_one_dense(b) for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
+    split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
     return [_block(records, table.groups) for records in split]
@@ -266,7 +292,9 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
             cells.append(Cell(kernels.each.get(record.id, "")))
         rows.append(Row(tuple(cells)))
     return Block(
-        title=f"{records[0].model} · {_hardware_name(records[0])} · {_machine(records[0])}",
+        title=" · ".join(
+            filter(None, [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), _machine(records[0])])
+        ),
         protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
         heads=(*heads, *(["kernel"] if kernels.each else [])),
         arrows=(*[""] * (len(heads) - len(columns)), *(_arrow(c) for c in columns), *([""] if kernels.each else [])),
@@ -414,6 +442,10 @@ def _columns(records: list[RunRecord]) -> list[Column]:
         found = [m for record in records for m in record.measurements if m.metric == quantity.metric]
         if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
             columns.append(Column(quantity, None, quantity.head, "lower"))
+        elif found and quantity.longest:
+            on = max((m.on for m in found), key=_context)
+            head = f"{quantity.head} at {_context(on):.0f}"
+            columns.append(Column(quantity, on, head, found[0].better))
         elif found and quantity.every_workload:
             workloads = sorted(dict.fromkeys(m.on for m in found), key=_batch)
             heads = _short_names(workloads)
@@ -453,6 +485,11 @@ def _task_head(column: Column) -> Column:
 def _batch(on: str) -> float:
     found = re.search(r"\bbatch (\d+)", on)
     return float(found[1]) if found else math.inf
+
+
+def _context(on: str) -> float:
+    found = re.search(r"\bcontext (\d+)", on)
+    return float(found[1]) if found else 0
 
 
 def _short_names(workloads: list[str]) -> dict[str, str]:
@@ -562,6 +599,7 @@ def _remarks(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
     beside: the other rows of the block; a stack is compared with its steps among them.
     """
     remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes"), *_additivity(record, beside)]
+    remarks += [*_removal(record, beside), *_zeros(record), *_off_grid(record)]
     if record.card.get("runtime"):
         remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
@@ -595,6 +633,33 @@ def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
         f"alone: {listed}; if their losses added up, {predicted:.4g}; measured {math.exp(measured):.4g} "
         f"({math.exp(measured) / predicted - 1:+.1%})"
     ]
+
+
+def _removal(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a structured pruner took out, beside what it was asked for, and the parameters that are left."""
+    reached = record.curves.get(REMOVED_SHARE)
+    if not reached:
+        return []
+    parts = [f"{reached[-1][1]:.1%} of the blocks' weights removed, {_sparsity(record)} asked for"]
+    dense = next((r for r in beside if _name(r) == DENSE.name), None)
+    left, whole = (r.value("parameters") if r else None for r in (record, dense))
+    if left and whole:
+        parts.append(f"{left:,.0f} of {whole:,.0f} parameters left ({left / whole - 1:+.1%})")
+    return ["; ".join(parts)]
+
+
+def _zeros(record: RunRecord) -> list[str]:
+    """That zeros were multiplied like other numbers, where no speed column says which kernel ran."""
+    loaded = record.find("loaded_weight_bytes")
+    if record.find("time_per_output_token_ms") or loaded is None or WITH_ZEROS not in loaded.note:
+        return []
+    return [f"runs {WITH_ZEROS}: no faster than dense"]
+
+
+def _off_grid(record: RunRecord) -> list[str]:
+    """That a stack has no longer the bit-width that its row names."""
+    off = record.curves.get(OFF_GRID)
+    return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
 
 
 def _lines_of(record: RunRecord, field: str) -> list[str]:
@@ -658,6 +723,9 @@ def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str
     if speed:
         on = "; ".join(f"{heads} at {on}" for on, heads in _heads_by_workload(speed).items())
         lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel and not on.endswith(kernel) else ""))
+    load = [f"{c.head}: {c.on}" for c in columns if c.quantity.metric == "requests_per_second" and c.on]
+    if load:
+        lines.append(f"Load: {'; '.join(load)}")
     calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if _name(r) != DENSE.name}
     calibration.discard("null")
     if len(calibration) == 1:
@@ -669,6 +737,13 @@ def _protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str
             facts = [source, *(f"{key} {value}" for key, value in settings.items()), domain]
             lines.append("Calibration: " + ", ".join(filter(None, facts)))
     environments = [record.environment for record in records]
+    if _engine_name(records[0]):
+        outside = _distinct(
+            f"{package} {version}"
+            for e in environments
+            for package, version in (e.get("engine_versions") or {}).items()
+        )
+        lines.append(f"Engine: {_engine_name(records[0])}, in an interpreter of its own ({outside})")
     facts = [
         _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),
         _distinct(f"{e['decoding_dtype']} decoding" for e in environments if e.get("decoding_dtype")),

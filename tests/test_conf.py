@@ -250,13 +250,23 @@ def test_a_value_of_a_method_can_be_set_for_a_whole_sweep():
 
 
 @pytest.mark.parametrize("problems", options("problems"))
-def test_all_problems_compose_and_build(problems, tmp_path):
+def test_all_problems_compose_and_build_or_say_that_they_need_a_file(problems):
     config = resolved(f"problems={problems}")["problems"]
-    if not config.get("path", "?") and not config.get("repository"):  # only a file of the user's has them
-        file = tmp_path / "rows.jsonl"
-        file.touch()
-        config |= {"path": str(file)}
-    assert hasattr(make(config, "problems"), "read")
+    if config.get("path") == "" and not config.get("repository"):
+        with pytest.raises(ConfigError, match="path=FILE"):
+            make(config, "problems")
+    else:
+        assert hasattr(make(config, "problems"), "read")
+
+
+@pytest.mark.parametrize("teacher", options("text_teacher"))
+def test_every_teacher_of_words_composes_and_builds_or_says_what_it_needs(teacher):
+    config = resolved(f"text_teacher={teacher}")["text_teacher"]
+    if teacher.startswith("recorded") or teacher == "endpoint":
+        with pytest.raises(ConfigError, match=r"text_teacher\.(path=FILE|model=NAME)"):
+            make(config, "text_teacher")
+    else:
+        assert hasattr(make(config, "text_teacher"), "opened")
 
 
 def test_students_are_asked_as_they_are_taught_and_so_is_what_they_are_compared_with():

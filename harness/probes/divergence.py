@@ -140,6 +140,7 @@ class KernelDivergence:
 
     stage: ClassVar[Stage] = "evaluate"
     compares: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden states"})
     ends_stage: ClassVar[bool] = True
 
     def measure(self, lm: LanguageModel, context: Context) -> Iterable[Measurement]:

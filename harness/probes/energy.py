@@ -59,7 +59,7 @@ class Energy:
         """One number: `energy_per_output_token_joules`."""
         dtype = context.hardware.resolved_decoding_dtype()
         on = f"batch {self.batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
-        counter = counter_of(lm.module.device)
+        counter = counter_of(torch.device(context.hardware.device))
         value, note = None, "no energy counter can be read here"
         if counter is not None:
             value, note = self._joules_per_token(lm, context, counter), f"{counter.name}; {lm.engine.kernels()}"

@@ -60,11 +60,26 @@ class Footprint:
         yield _bits("model_bits_per_weight", 8 * sum(sizes.values()) / parameters, "all parameters")
         yield Measurement("parameters", parameters, "parameters", "all of the model, tied ones once", "lower")
         dense = f"{parameters * dtype.itemsize} as a dense model; {lm.engine.kernels()}"
-        yield _bytes("loaded_weight_bytes", loaded_bytes(lm.module), f"ready to decode, {dtype_name}", dense)
+        elsewhere = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights itself
+        loaded = loaded_bytes(lm.module) if elsewhere is None else elsewhere
+        yield _bytes("loaded_weight_bytes", loaded, f"ready to decode, {dtype_name}", dense)
         cache = lm.engine.kv_cache_bytes_per_token(dtype)
         predicted = f"{analytic_kv_bytes_per_token(lm.module, dtype)} from the model's shape"
         yield _bytes("kv_cache_bytes_per_token", cache, f"one sequence, {dtype_name}", predicted)
-        yield from self._peaks(lm, dtype_name)
+        if elsewhere is None:
+            yield from self._peaks(lm, dtype_name)
+        else:
+            yield from self._needed_and_reserved(lm, loaded, cache, dtype_name)
+
+    def _needed_and_reserved(
+        self, lm: LanguageModel, loaded: int, cache: float, dtype_name: str
+    ) -> Iterable[Measurement]:
+        """An engine that takes its memory at its start: what the workload needs of it, and what it took."""
+        tokens = self.prompt_tokens + self.new_tokens
+        yield _bytes("needed_bytes", loaded + cache * tokens, f"weights and {tokens} cached tokens, {dtype_name}")
+        reserved, room = lm.engine.reserved_cache_bytes, lm.engine.reserved_cache_tokens
+        note = f"room for {room} tokens; {lm.engine.memory_note}"
+        yield _bytes("reserved_bytes", loaded + reserved, f"weights and reserved cache, {dtype_name}", note)
 
     def _peaks(self, lm: LanguageModel, dtype_name: str) -> Iterable[Measurement]:
         """Peak memory above idle, once for the prompt alone and once with answering."""

@@ -42,6 +42,7 @@ class Perplexity:
 
     windows: only so many from the start of the text; None takes all.
     divergence: on the dense run, keep the reference; on every other run, compare with it, in the same forward pass.
+    paired: without divergence, compare token losses with the dense run's: all that an engine without hidden states can.
     """
 
     protocol: Literal["gptq", "sliding"] = "gptq"
@@ -50,6 +51,7 @@ class Perplexity:
     windows: int | None = None
     batch: int = 4
     divergence: bool = True
+    paired: bool = False
 
     stage: ClassVar[Stage] = "evaluate"
 
@@ -67,7 +69,12 @@ class Perplexity:
     @property
     def compares(self) -> bool:
         """Whether the dense run must come first."""
-        return self.divergence
+        return self.divergence or self.paired
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the engine must give besides scores."""
+        return frozenset({"hidden states"} if self.divergence else ())
 
     @property
     def name(self) -> str:
@@ -87,7 +94,8 @@ class Perplexity:
         context.samples.mkdir(parents=True, exist_ok=True)
         outcomes.to_parquet(context.samples / self._outcomes_file, index=False)
         on = f"{context.corpus.evaluation_name}, {self.name}, {len(windows)} windows"
-        dense = None if reference is None else _losses(context.reference / self._outcomes_file, len(outcomes))
+        compared = self.compares and context.reference is not None
+        dense = _losses(context.reference / self._outcomes_file, len(outcomes)) if compared else None
         bytes_per_token = self._bytes_per_token(lm.tokenizer, windows)
         generator = np.random.default_rng(context.seed)
         block = round(len(outcomes) / len(windows))

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from harness.ceilings import ceilings
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.probes.footprint import loaded_bytes
 from harness.records import Measurement
 from harness.statistics import median_interval, relative_half_width
@@ -44,12 +44,13 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of batches of requests with random prompts.
+    """Times of batches of requests.
 
     batch_sizes, prompt_tokens, new_tokens: the workload.
     warm_up: requests before the clock counts.
     precision, max_repeats, seconds_limit: requests are repeated until the 95 % interval of the median time per output
         token is within ± this share of it, or this many were made, or this long was spent on a batch size.
+    prompts: "random" tokens, or consecutive passages of the evaluation "text", where speed depends on what is said.
     """
 
     batch_sizes: list[int]
@@ -59,6 +60,7 @@ class Speed:
     max_repeats: int
     precision: float
     seconds_limit: float
+    prompts: Literal["random", "text"] = "random"
     clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
 
     stage: ClassVar[Stage] = "time"
@@ -70,6 +72,8 @@ class Speed:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("warm_up", 0), ("max_repeats", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"speed {name}={getattr(self, name)}: must be at least {least}")
+        if self.prompts not in ("random", "text"):
+            raise ConfigError(f"speed prompts={self.prompts}: choose random or text")
         if not 0 < self.precision < 1:
             raise ConfigError(f"speed precision={self.precision}: must lie between 0 and 1")
 
@@ -81,30 +85,46 @@ class Speed:
         for batch in self.batch_sizes:
             stamps, foreign = self._requests(lm, batch, context)
             raw.append((batch, stamps))
-            on = f"batch {batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
+            text = f" of {context.corpus.evaluation_name}" if self.prompts == "text" else ""
+            on = f"batch {batch}, prompt {self.prompt_tokens}{text}, {self.new_tokens} new, {dtype}"
             note = "; ".join(filter(None, [lm.engine.kernels(), self._reached(stamps), foreign]))
             yield from self._measurements(stamps, batch, on, note)
-            read = bytes_read_per_step(lm.module) + self._cache_bytes(lm, batch, dtype)
+            loaded = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights elsewhere
+            read = bytes_read_per_step(lm.module, loaded) + self._cache_bytes(lm, batch, dtype)
             yield _roofline(stamps, read, limit.read_bytes_per_second, on)
         _write(context.samples / "speed.parquet", raw)
 
     def _requests(self, lm: LanguageModel, batch: int, context: Context) -> tuple[np.ndarray, str]:
         """Time stamps of every request [requests, 1 + new_tokens], from the hand-in on, and a note on foreign load."""
-        generator = torch.Generator().manual_seed(context.seed)
-        vocabulary = lm.module.get_input_embeddings().num_embeddings
-        prompt = torch.randint(vocabulary, (batch, self.prompt_tokens), generator=generator)
+        prompt = self._prompt(lm, batch, context)
         for _ in range(self.warm_up):
             self._request(lm, prompt)
         stamps: list[np.ndarray] = []
-        watch = ForeignLoad(context.hardware.thread_count)
+        watch = ForeignLoad(context.hardware.thread_count, getattr(lm.engine, "cpu_seconds", lambda: 0.0))
         for _ in context.progress.track(range(self.max_repeats), f"speed, batch {batch}", self.max_repeats):
             stamps.append(self._request(lm, prompt))
             if self._precise(np.stack(stamps)) or sum(s[-1] for s in stamps) > self.seconds_limit:
                 break
         return np.stack(stamps), watch.note()
 
+    def _prompt(self, lm: LanguageModel, batch: int, context: Context) -> torch.Tensor:
+        """Token ids [batch, prompt_tokens]."""
+        if self.prompts == "text":
+            text = context.corpus.evaluation_tokens(lm.tokenizer)
+            if len(text) < batch * self.prompt_tokens:
+                raise RunError(f"{context.corpus.evaluation_name} has only {len(text)} tokens for {batch} prompts")
+            return text[: batch * self.prompt_tokens].view(batch, -1)
+        generator = torch.Generator().manual_seed(context.seed)
+        vocabulary = lm.module.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, (batch, self.prompt_tokens), generator=generator)
+
     def _request(self, lm: LanguageModel, prompt: torch.Tensor) -> np.ndarray:
-        """Seconds since the hand-in at which each token was there; the hand-in itself first, as 0."""
+        """Seconds since the hand-in at which each token was there; the hand-in itself first, as 0.
+
+        An engine in another process counts them there, so that no time of the way between is in them.
+        """
+        if hasattr(lm.engine, "stamps"):
+            return lm.engine.stamps(prompt, self.new_tokens)
         stamps = [self.clock()]
         for tokens in lm.engine.generate(prompt, self.new_tokens):
             if tokens.is_cuda:
@@ -139,27 +159,37 @@ class Speed:
         return batch * context_tokens * lm.engine.kv_cache_bytes_per_token(getattr(torch, dtype))
 
 
-def bytes_read_per_step(module: nn.Module) -> int:
-    """Weight bytes that one decoding step must read: everything loaded but the rows of an untied input embedding."""
+def bytes_read_per_step(module: nn.Module, loaded: int | None = None) -> int:
+    """Weight bytes that one decoding step must read: everything loaded but the rows of an untied input embedding.
+
+    loaded: bytes of all weights, where they are not the module's.
+    """
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
     untied = 0 if embedding is head else embedding.numel() * embedding.element_size()
-    return loaded_bytes(module) - untied
+    return (loaded_bytes(module) if loaded is None else loaded) - untied
 
 
 class ForeignLoad:
-    """CPU time that other processes took of this machine since it was made; says nothing where the system does not."""
+    """CPU time that other processes took of this machine since it was made; says nothing where the system does not.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.started, self.others = time.monotonic(), _others_cpu_seconds()
+    engine: CPU seconds of the engine's own process, where it has one; that is no foreign load.
+    """
+
+    def __init__(self, threads: int, engine: Callable[[], float] = lambda: 0.0) -> None:
+        self.threads, self.engine = threads, engine
+        self.started, self.others = time.monotonic(), self._others()
 
     def note(self) -> str:
         """A warning for the row, or nothing."""
-        now = _others_cpu_seconds()
+        now = self._others()
         if now is None or self.others is None:
             return ""
         share = (now - self.others) / max(time.monotonic() - self.started, 1e-9) / self.threads
         return f"other processes used {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
+
+    def _others(self) -> float | None:
+        others = _others_cpu_seconds()
+        return None if others is None else others - self.engine()
 
 
 def _others_cpu_seconds() -> float | None:

@@ -55,6 +55,7 @@ class Tasks:
 
     stage: ClassVar[Stage] = "evaluate"
     compares: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden states"})
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -67,7 +67,7 @@ class GKD:
         """Make a student, warm it up, train it against `base`."""
         if self.on_policy:
             require_whole_model("GKD")
-        texts = read_examples(self.examples, base, bench)
+        texts = read_examples(self.examples, base, bench, self.sampling)
         return trained_student(
             self.student.make(base, bench),
             texts,

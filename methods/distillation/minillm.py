@@ -173,7 +173,7 @@ class MiniLLM:
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
         require_whole_model("MiniLLM")
-        texts = read_examples(self.examples, base, bench)
+        texts = read_examples(self.examples, base, bench, self.sampling)
         windows = self.text.windows(base, bench)
         teaching = Teaching(self, base.module, texts.train, end_marks(base), windows)
         training, update = self.training, {"prepare": teaching.fresh}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from methods.distillation.sampling import Responses, Sampling, check_length, padded_on_the_left
 from methods.distillation.students import settled
 from methods.distillation.white_box import fit
 from methods.examples import Batch, Example, Texts
@@ -19,7 +20,6 @@ from methods.training import Loss, TrainingSettings, language_modeling_loss, wei
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
-    from methods.distillation.sampling import Responses
     from methods.examples import TextSource
 
 
@@ -54,14 +54,19 @@ class WarmStart:
         )
 
 
-def read_examples(source: TextSource, lm: LanguageModel, bench: Bench) -> Texts:
-    """Texts that have prompts. Raises ConfigError for a source of plain windows."""
+def read_examples(source: TextSource, lm: LanguageModel, bench: Bench, sampling: Sampling) -> Texts:
+    """Texts with prompts that can be continued.
+
+    Raises ConfigError for a source of plain windows, and RunError for an empty prompt or one too long for the model.
+    """
     texts = source.read(lm.tokenizer, bench.corpus, bench.generator)
     if isinstance(texts.train, Tensor):
         raise ConfigError(
             "method.examples gives plain windows of text, but responses are written to prompts: use "
             "examples@method.examples=continuations, or =file"
         )
+    prompts, _ = padded_on_the_left([example.prompt for example in texts.train], 0)
+    check_length(lm.module, prompts.shape[1] + sampling.new_tokens)
     return texts
 
 

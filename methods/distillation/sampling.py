@@ -99,7 +99,7 @@ def sample(
     device = _device(module)
     tokens, mask = padded_on_the_left(prompts, ends[0] if ends else 0)
     for writer in writers:
-        _check_length(writer, tokens.shape[1] + sampling.new_tokens)
+        check_length(writer, tokens.shape[1] + sampling.new_tokens)
     readers = [Reader(writer, mask.to(_device(writer))) for writer in writers]
     uniforms, step = uniforms.to(device), tokens.to(device)
     stops = torch.tensor(list(ends), dtype=torch.long, device=device)
@@ -202,7 +202,8 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _check_length(module: nn.Module, tokens: int) -> None:
+def check_length(module: nn.Module, tokens: int) -> None:
+    """Raise RunError where prompt and response, `tokens` together, exceed the positions of a model."""
     limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise RunError(

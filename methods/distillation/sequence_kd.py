@@ -63,7 +63,7 @@ class SequenceKD:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Let `base` write, make a student, train it on what was written."""
-        texts = read_examples(self.examples, base, bench)
+        texts = read_examples(self.examples, base, bench, self.sampling)
         written = teacher_responses(base, texts.train, self.sampling, bench)
         return trained_student(
             self.student.make(base, bench),

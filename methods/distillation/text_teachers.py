@@ -234,7 +234,9 @@ class EngineTeacher:
             yield asking(identity, lambda samples: self._answer(lm, samples), kept, bench, 4 * self.batch)
 
     def _answer(self, lm: LanguageModel, samples: list[Sample]) -> Iterator[tuple[int, Answer]]:
-        encoded = [self._encode(lm, request) for request, _ in samples]
+        encoded = [
+            encode(lm, request.prompt, request.sampling.new_tokens, self.chat_template) for request, _ in samples
+        ]
         alike: dict[Sampling, list[int]] = {}
         for place in sorted(range(len(samples)), key=lambda place: -len(encoded[place])):
             alike.setdefault(replace(samples[place][0].sampling, samples=1), []).append(place)
@@ -256,13 +258,6 @@ class EngineTeacher:
                     )
                     finish = "stop" if completion.ended else "length"
                     yield place, Answer(completion.text, finish, len(encoded[place]), len(completion.ids), top)
-
-    def _encode(self, lm: LanguageModel, request: Request) -> list[int]:
-        prompt = request.prompt
-        if self.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return encode(lm, prompt, request.sampling.new_tokens)
 
 
 def drawing(sampling: Sampling, uniforms: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:

@@ -8,12 +8,9 @@ bits, bytes and kernels of both are counted alike.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.errors import ConfigError, RunError
+from harness.interpreters import environment, executable, require
 from methods.blocks import plain_linears
 
 if TYPE_CHECKING:
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
     from methods.quantization.linear import PackedLinear
 
 SCRIPTS = Path(__file__).parent / "scripts"
-PROBE = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); sys.exit(s is None or s.origin is None)"
-PROBE_SECONDS = 30
-OUTSIDERS = ("PYTHONPATH", "PYTHONHOME")  # ours; they would leak our packages into the peer's environment
 
 
 @dataclass(frozen=True)
@@ -50,33 +45,7 @@ class Library:
 
     def require(self, interpreter: str | None) -> None:
         """Raise ConfigError unless `interpreter` (None: this one) exists and finds the library. Imports nothing."""
-        if interpreter is None:
-            found = importlib.util.find_spec(self.module)
-            if found is None or found.origin is None:  # a mere folder of that name is not the library
-                raise ConfigError(
-                    f"{self.title} is not installed here; its pins clash with ours: python -m venv PEER && "
-                    f"PEER/bin/pip install {self.install}, then method.interpreter=PEER/bin/python"
-                )
-            return
-        try:
-            probe = subprocess.run(
-                [executable(interpreter), "-c", PROBE, self.module],
-                env=environment(interpreter),
-                capture_output=True,
-                timeout=PROBE_SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = getattr(error, "strerror", None) or f"no answer in {PROBE_SECONDS} s"
-            raise ConfigError(
-                f"method.interpreter={interpreter} is not a Python that can be run ({reason}); name PEER/bin/python of "
-                f"an environment with {self.title}, by its full path"
-            ) from error
-        if probe.returncode:
-            raise ConfigError(
-                f"method.interpreter={interpreter} does not find {self.module}: "
-                f"{interpreter} -m pip install {self.install}"
-            )
+        require(interpreter, "method.interpreter", self.title, self.module, self.install)
 
 
 @dataclass(frozen=True)
@@ -202,21 +171,6 @@ def read(folder: Path) -> Answer:
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return Answer(tensors, **json.loads((folder / "answer.json").read_text(encoding="utf-8")))
-
-
-def executable(interpreter: str | None) -> str:
-    """What to run: a path is the user's, from where this process was started; links are kept, they make a venv."""
-    if interpreter is None:
-        return sys.executable
-    return str(Path(interpreter).expanduser().absolute()) if os.sep in interpreter else interpreter
-
-
-def environment(interpreter: str | None) -> dict[str, str]:
-    """Variables of the peer's process: no network, no bars, and nothing of ours on its path."""
-    kept = {key: value for key, value in os.environ.items() if interpreter is None or key not in OUTSIDERS}
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-    return kept | threads | quiet
 
 
 def other_linears(module: nn.Module, linears: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness.corpus import Corpus, GeneratedText
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel, TrainingLog
 from harness.progress import NoProgress
 from methods.distillation import minillm
@@ -427,11 +427,12 @@ class Shaken:
 
 @dataclass(frozen=True)
 class Given:
-    """Examples of the tests."""
+    """Examples of the tests, two of them held out."""
+
+    texts: Sequence[Example] = tuple(Example([5 + row, 6, 7 + row][: 1 + row % 3], [20 + row, 30]) for row in range(9))
 
     def read(self, tokenizer, corpus, generator) -> Texts:
-        texts = [Example([5 + row, 6, 7 + row][: 1 + row % 3], [20 + row, 30]) for row in range(9)]
-        return Texts(texts[:7], texts[7:])
+        return Texts(list(self.texts[:-2]), list(self.texts[-2:]))
 
 
 def bench(scratch: Path) -> Bench:
@@ -616,9 +617,14 @@ def test_the_warm_start_is_a_share_of_the_steps(tmp_path):
     assert warmed_up(student, texts, NONE, SOME, run, "test") == SOME
 
 
-def test_windows_without_prompts_are_refused(tmp_path):
+def test_examples_that_cannot_be_continued_are_refused_at_once(tmp_path):
+    run, lm = bench(tmp_path), language_model(2)
     with pytest.raises(ConfigError, match=r"examples@method.examples=continuations"):
-        read_examples(Windows(4, 16), language_model(2), bench(tmp_path))
+        read_examples(Windows(4, 16), lm, run, Sampling(5))
+    with pytest.raises(RunError, match=r"516 tokens of prompt and response exceed the 512 positions"):
+        read_examples(Continuations(4, 16, 16), lm, run, Sampling(500))
+    with pytest.raises(RunError, match="a prompt without tokens"):
+        read_examples(Given([Example([], [5, 6])] * 3), lm, run, Sampling(5))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,16 @@ def test_another_model_teaches_if_one_is_named(trained, bench):
     assert asked(other, trained, bench, [request]) != asked(EngineTeacher(), trained, bench, [request])
 
 
+def test_a_chat_template_is_filled_and_told_apart(trained, bench):
+    request = Request("The red cat", sampling=Sampling(new_tokens=8))
+    with pytest.raises(RunError, match="no chat template"):
+        asked(EngineTeacher(chat_template=True), trained, bench, [request])
+    trained.tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    ((chatted,),) = asked(EngineTeacher(chat_template=True), trained, bench, [request])
+    ((plain,),) = asked(EngineTeacher(), trained, bench, [replace(request, prompt="<The red cat>")])
+    assert (chatted.text, chatted.prompt_tokens) == (plain.text, 13)
+
+
 def test_weights_have_a_digest_of_their_own(trained):
     before = weights_digest(trained)
     assert weights_digest(trained) == before
