@@ -197,6 +197,7 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def answers_file(bench: Bench) -> Path:
+    """Where the answers of live teachers are kept: between runs, where there is such a place."""
     return (bench.cache or bench.scratch) / "answers.sqlite"
 
 
