@@ -13,7 +13,7 @@ help:
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
 	@echo "make tables      every table, from the records in results/"
-	@echo "make table-1     run what table I needs and print it (hours); table-2 likewise"
+	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
 
@@ -60,8 +60,15 @@ table-2: setup
 	-$(RUN) -m harness experiment=table_2_structured evaluation=quick
 	$(RUN) -m harness.tables table_2
 
-table-3 table-4: setup
-	$(RUN) -m harness.tables table_$(@:table-%=%)
+table-3: setup
+	-$(RUN) -m harness experiment=table_3
+	-$(RUN) -m harness experiment=table_3_blackbox
+	$(RUN) -m harness.tables table_3
+
+table-4: setup
+	-$(RUN) -m harness experiment=table_4
+	-$(RUN) -m harness -m 'method=[gptq,attention_sinks],[gptq,speculative_decoding],[kv_cache,speculative_decoding]' evaluation=architecture
+	$(RUN) -m harness.tables table_4
 
 clean:
 	rm -rf results/scratch

@@ -119,7 +119,9 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
         if tensor.is_floating_point() and not inside(name, stored):
             state[name] = tensor.to(dtype)
     _, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    module.tie_weights()
+    for child in module.modules():
+        if hasattr(child, "tie_weights"):  # the model, and another that lies inside it
+            child.tie_weights()
     unset = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if unset or unexpected:
         raise RunError(
@@ -178,7 +180,11 @@ def sha256(folder: Path) -> str:
 
 def state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Tensors to write: compressed layers as they are, everything else in the storage type, tied tensors once."""
-    tied = set(getattr(lm.module, "all_tied_weights_keys", None) or {})
+    tied = {
+        f"{name}.{key}".lstrip(".")
+        for name, child in lm.module.named_modules()
+        for key in getattr(child, "all_tied_weights_keys", None) or {}
+    }
     state = {}
     for name, tensor in lm.module.state_dict().items():
         if name in tied:

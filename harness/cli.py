@@ -29,8 +29,14 @@ GROUPS = {  # the order in which help lists them
     "evaluation": "which numbers are measured",
     "corpus": "text to calibrate on and to evaluate on",
     "calibration": "how much text a method may calibrate on",
+    "training": "how long methods that train a student train",
+    "student": "what learns from the model: student@method.student=NAME",
+    "teacher": "how the model's predictions reach a student: teacher@method.teacher=NAME",
+    "examples": "texts that students train on: examples@method.examples=NAME",
     "grid": "numbers that weights are rounded to: grid@method.grid=NAME",
     "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
+    "problems": "questions with right answers that students are taught on and asked",
+    "text_teacher": "who answers questions for students that learn from words",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }
@@ -61,7 +67,7 @@ def main() -> None:
     problem = check_names(arguments)
     if not problem:
         try:
-            sys.argv[1:] = stacks.register(arguments)
+            sys.argv[1:] = sweepable(stacks.register(arguments))
         except ConfigError as error:
             problem = str(error)
     if problem:
@@ -124,6 +130,17 @@ def check_names(arguments: list[str]) -> str:
             if name not in valid and name not in ("null", ""):
                 return unknown(group, name, valid)
     return ""
+
+
+def sweepable(arguments: list[str]) -> list[str]:
+    """Overrides of a sweep, those of a method's own values as ones that every composition accepts.
+
+    Before a sweep Hydra composes the configuration of no job at all, with the default method, whose configuration has
+    no such value. A value that a method of the sweep does not know is refused when its job is built.
+    """
+    if not any(argument in ("-m", "--multirun") or argument.startswith("experiment=") for argument in arguments):
+        return arguments
+    return [f"++{argument}" if re.match(r"method\.[\w.]+=", argument) else argument for argument in arguments]
 
 
 def unknown(what: str, name: str, valid: list[str]) -> str:

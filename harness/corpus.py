@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness import wheels
 from harness.errors import ConfigError, RunError
+from harness.json_lines import ENDINGS, json_rows
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "evaluation"]
 EVALUATION_EVERY = 4  # one document in four is evaluated on
+HELD_OUT_PART = 20  # of the calibration text, what is not trained on but looked at meanwhile
 
 
 class Text(Protocol):
@@ -76,16 +78,34 @@ class Corpus:
 
         Raises RunError when the text is shorter than one window.
         """
-        import torch
-
         tokens = self._tokens(tokenizer, self.calibration, "calibration")
-        if len(tokens) <= self.window:
+        return _windows_at_random(tokens, self.samples, self.window, generator, self.calibration.name)
+
+    def training_windows(
+        self, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, samples: int, window: int
+    ) -> torch.Tensor:
+        """Token ids [samples, window] of the calibration text, for methods that train on more than they calibrate on.
+
+        Its last twentieth is left to `held_out_windows`. Raises RunError when the text is too short.
+        """
+        tokens = self._tokens(tokenizer, self.calibration, "calibration")
+        kept = len(tokens) - len(tokens) // HELD_OUT_PART
+        return _windows_at_random(tokens[:kept], samples, window, generator, self.calibration.name)
+
+    def held_out_windows(self, tokenizer: PreTrainedTokenizerBase, samples: int, window: int) -> torch.Tensor:
+        """Up to `samples` windows of ids [S, window] from the last twentieth of the calibration text, side by side.
+
+        Raises RunError when there is none of that length.
+        """
+        tokens = self._tokens(tokenizer, self.calibration, "calibration")
+        tokens = tokens[len(tokens) - len(tokens) // HELD_OUT_PART :]
+        count = min(samples, len(tokens) // window)
+        if count == 0:
             raise RunError(
-                f"{self.calibration.name}: the calibration text has {len(tokens)} tokens, less than one window of "
-                f"{self.window}; use a longer text or a smaller calibration.window"
+                f"{self.calibration.name}: the last twentieth of the calibration text has {len(tokens)} tokens, less "
+                f"than one window of {window} to look at while training; use a longer text or smaller windows"
             )
-        starts = torch.randint(len(tokens) - self.window, (self.samples,), generator=generator)
-        return tokens[starts[:, None] + torch.arange(self.window)]
+        return tokens[: count * window].view(count, window)
 
     def evaluation_tokens(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Token ids [N] of the evaluation text, joined and tokenized once."""
@@ -106,6 +126,21 @@ class Corpus:
         joined = text.joiner.join(text.documents(split))
         ids = tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
+
+
+def _windows_at_random(
+    tokens: torch.Tensor, samples: int, window: int, generator: torch.Generator, name: str
+) -> torch.Tensor:
+    """Ids [samples, window] cut out of ids [N]. Raises RunError when those are not more than a window."""
+    import torch
+
+    if len(tokens) <= window:
+        raise RunError(
+            f"{name}: the calibration text has {len(tokens)} tokens, less than one window of "
+            f"{window}; use a longer text or a smaller calibration.window"
+        )
+    starts = torch.randint(len(tokens) - window, (samples,), generator=generator)
+    return tokens[starts[:, None] + torch.arange(window)]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,7 +187,7 @@ class WikipediaSample:
 
 @dataclass(frozen=True)
 class TextFile:
-    """Any UTF-8 text file, or .jsonl with one document a line in the field `text`.
+    """Any UTF-8 text file, or .jsonl (.jsonl.xz) with one document a line in the field `text`.
 
     A plain text is split into documents at blank lines; `split` "all" gives the whole file to whichever side asks
     (for official test files), "every_fourth" shares it out.
@@ -186,25 +221,22 @@ class TextFile:
 
     def _read(self) -> list[str]:
         path = Path(self.path)
+        if path.name.endswith(ENDINGS):
+            return list(_texts(path))
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RunError(f"{path} is not UTF-8 text: {error}") from error
-        if path.suffix == ".jsonl":
-            return list(_json_lines(path, text))
         if self.split == "all":
             return [text]  # an official file is read as it is, rows and blank lines included
         return [part for part in text.split("\n\n") if part.strip()]
 
 
-def _json_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f'{path}, line {number}: expected a JSON object with a field "text" ({error})') from error
+def _texts(path: Path) -> Iterator[str]:
+    for number, row in enumerate(json_rows(path), 1):
+        if not isinstance(row.get("text"), str):
+            raise RunError(f'{path}, document {number}: expected a JSON object with a field "text"')
+        yield row["text"]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ PACKAGES = (
     "compressed-tensors",
 )
 DTYPES = ("float32", "bfloat16", "float16")
+USUAL = {"attention": None, "steps": "plain"}  # options that came later: at these values nothing is new
+STEPS = ("plain", "captured", "auto")  # how tokens are decoded, see TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Hardware:
     threads: CPU threads for torch; None takes the cores this process may run on.
     scoring_dtype: arithmetic of quality measurements and of compression.
     decoding_dtype: arithmetic of speed measurements; "auto" takes bfloat16 where the device has it natively.
+    attention: implementation of attention, where the method has none of its own; None is transformers' choice.
+    steps: how tokens are decoded in speed measurements: "plain", "captured" (a static cache, one CUDA graph for all
+        steps), or "auto", which captures on a GPU.
     compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.
     """
 
@@ -51,6 +56,8 @@ class Hardware:
     threads: int | None = None
     scoring_dtype: str = "float32"
     decoding_dtype: str = "auto"
+    attention: str | None = None
+    steps: str = "plain"
     compress_seconds_limit: float = 14400
     evaluate_seconds_limit: float = 14400
 
@@ -59,6 +66,12 @@ class Hardware:
             value = getattr(self, field)
             if value not in allowed:
                 raise ConfigError(f"hardware.{field}={value}: choose one of {', '.join(allowed)}")
+        if self.attention is not None:
+            from harness.engines.attention import check_name
+
+            check_name(self.attention, "hardware.attention")
+        if self.steps not in STEPS:
+            raise ConfigError(f"hardware.steps={self.steps}: choose one of {', '.join(STEPS)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"hardware.threads={self.threads}: must be at least 1, or null for all cores")
 
@@ -84,6 +97,11 @@ class Hardware:
                 f"hardware={self.name} needs a CUDA device and torch sees none; use hardware=cpu, "
                 "or install a CUDA build of torch"
             )
+
+
+def telling(hardware: dict[str, Any]) -> dict[str, Any]:
+    """A hardware section without options at their usual values, which older records do not have."""
+    return {key: value for key, value in hardware.items() if key not in USUAL or value != USUAL[key]}
 
 
 def _cpu_flags() -> set[str]:

@@ -7,6 +7,7 @@ quality and speed are counted from outside, on the artifact that was saved and l
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,11 +58,13 @@ class TrainingLog:
     file: one JSON line per point; None keeps the log in memory only.
     tokens: how many were trained on.
     spared_seconds: what statistics cost that an earlier run of a sweep had already collected.
+    counts: what else it took, by name: questions asked, answers kept, tokens that a teacher wrote.
     """
 
     file: Path | None = None
     tokens: int = 0
     spared_seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class Bench:
     progress: Progress
     log: TrainingLog = field(default_factory=TrainingLog)
     statistics: Path | None = None  # what the calibration text says about the uncompressed model; shared by a sweep
+    cache: Path | None = None  # what is worth keeping between runs: downloads, answers of teachers; None: the scratch
 
 
 class Method(Protocol):

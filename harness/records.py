@@ -43,6 +43,12 @@ class Measurement:
     note: str = ""
 
 
+WITH_ZEROS = "dense with zeros, no sparse kernel"  # the kernel of a sparse layer that no kernel multiplies faster
+# Curves of one point, in which methods note what tables say about them
+REMOVED_SHARE = "share of the blocks' weights removed"
+OFF_GRID = "linears whose weights left an earlier step's grid"
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a run has no result: the stage that ended and the reason, in words a user can act on."""

@@ -201,14 +201,19 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides the numbers.
 
     The root values `bits` and `sparsity` are not in it: a method that does not read them is one run however they are
-    swept. A method that does not calibrate does not depend on calibration settings.
+    swept. A method that does not calibrate does not depend on calibration settings; one that trains on as much of the
+    calibration text as its own settings say (`calibrates: text`) depends on the text, not on the settings.
     """
-    kept = {key: config[key] for key in ("card", "method", "model", "hardware", "evaluation", "seed")}
+    kept = {key: config[key] for key in ("card", "hardware", "seed")}
     corpus = _by_content(config["corpus"])
-    kept["model"] = _by_content(config["model"])
+    for section in ("model", "method", "evaluation"):
+        kept[section] = _by_content(config[section])
+    kept["hardware"] = environment.telling(config["hardware"])
     kept["calibration"] = config["calibration"]
-    if not config["card"].get("calibrates", True):
+    calibrates = config["card"].get("calibrates", True)
+    if not calibrates:
         corpus.pop("calibration", None)
+    if calibrates is not True:
         kept["calibration"] = None
     kept["corpus"] = corpus
     kept["card"] = {key: config["card"].get(key) for key in ("name", "version")}
@@ -225,7 +230,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         if isinstance(value, dict):
             kept[key] = _by_content(value)
-        elif key == "path" and value and Path(value).exists():
+        elif (key == "path" or key.endswith("_path")) and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
         elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value
@@ -403,7 +408,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     scratch.mkdir(parents=True, exist_ok=True)
     learned = TrainingLog(scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
-    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics))
+    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics), Path(cache))
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -422,9 +427,10 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates else 0,
+        "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates is True else 0,
         "training_tokens": learned.tokens,
         "spared_seconds": learned.spared_seconds,
+        "counts": dict(learned.counts),
     }
     if not calibrates:
         provenance.pop("calibration")
@@ -481,9 +487,19 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     if cost["compress_seconds"] is None:
         return []
     on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
+    found = []
     if cost.get("training_tokens"):
         on += f", {cost['training_tokens']} tokens of training"
-    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower")]
+        found.append(Measurement("training_tokens", cost["training_tokens"], "tokens", "while compressing", "lower"))
+    counts = cost.get("counts") or {}
+    if "teacher tokens" in counts:
+        asked = f"{counts['teacher prompts']} prompts of {counts['teacher prompt tokens']} tokens"
+        found.append(Measurement("teacher_tokens", counts["teacher tokens"], "tokens", asked, "lower"))
+    where = "peak_device_bytes" if cost.get("peak_device_bytes") is not None else "peak_host_bytes"
+    if cost.get(where) is not None:
+        memory = "device memory" if where == "peak_device_bytes" else "the process, libraries included"
+        found.append(Measurement("peak_compress_bytes", cost[where], "bytes", memory, "lower"))
+    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower"), *found]
 
 
 def _environment(hardware: environment.Hardware, engine: EngineChoice) -> dict[str, Any]:

@@ -47,6 +47,9 @@ def flatten(cfg: DictConfig) -> DictConfig:
         methods.append(OmegaConf.to_container(own.method, resolve=True))
     names = [card["name"] for card in cards]
     stack = {"_target_": "methods.stack.Stack", "names": names, "steps": methods}
+    asked = [method["decoding"] for method in methods if method.get("decoding")]
+    if asked:  # a student is asked as it was taught, whatever was done to it since
+        stack["decoding"] = asked[-1]
     return OmegaConf.create({**whole, "card": _card(cards), "method": stack})
 
 
@@ -77,17 +80,24 @@ def _card(cards: list[dict[str, Any]]) -> dict[str, Any]:
     def lines(field: str) -> list[str]:
         return [f"{card['title']}: {line}" for card in cards for line in card.get(field) or []]
 
+    # other ways to run the same weights stand together, whatever the weights
+    leading = next((card for card in cards if card["taxonomy"].startswith("architecture/")), cards[0])
     return {
         "name": JOINT.join(card["name"] for card in cards),
         "version": JOINT.join(str(card["version"]) for card in cards),
         "title": f" {JOINT} ".join(card["title"] for card in cards),
-        "taxonomy": cards[0]["taxonomy"],
+        "taxonomy": leading["taxonomy"],
         "paper": ", ".join(dict.fromkeys(card["paper"] for card in cards if card.get("paper"))),
         "bits": last("bits"),
         "activation_bits": last("activation_bits"),
         "key_value_bits": last("key_value_bits"),
         "runtime": None,
-        "calibrates": any(card.get("calibrates", True) for card in cards),
+        "calibrates": _calibrates([card.get("calibrates", True) for card in cards]),
         "departures": lines("departures"),
         "notes": lines("notes"),
     }
+
+
+def _calibrates(steps: list[bool | str]) -> bool | str:
+    """Of a stack: what the step that depends on most depends on."""
+    return True if True in steps else next((value for value in steps if value), False)

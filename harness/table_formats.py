@@ -213,11 +213,13 @@ tr.group th { text-align: left; background: var(--soft); font-weight: 600; }
 tbody tr:hover td { background: var(--soft); }
 small { opacity: .7; }
 sup { line-height: 0; }
+figure { margin: 1.5rem 0; max-width: 42rem; }
+figcaption { font-weight: 600; }
 """
 
 
-def to_html(title: str, blocks: Sequence[Block], absent: str = "") -> str:
-    """One page without scripts or requests."""
+def to_html(title: str, blocks: Sequence[Block], absent: str = "", figures: Sequence[str] = ()) -> str:
+    """One page without scripts or requests; figures: HTML that stands below the tables."""
     body = [f"<h1>{markup.html(title)}</h1>"]
     for block in blocks:
         below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
@@ -231,6 +233,8 @@ def to_html(title: str, blocks: Sequence[Block], absent: str = "") -> str:
         ]
     if absent:
         body.append(f"<p>not run here: {markup.html(absent)}</p>")
+    if figures:
+        body += ["<h2>Learning curves</h2>", *figures]
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',

@@ -25,8 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import markup
+from harness.curve_plot import learning_curves
+from harness.environment import telling
 from harness.errors import ConfigError
-from harness.records import Measurement, RunRecord, read_record, write_text_atomically
+from harness.records import (
+    OFF_GRID,
+    REMOVED_SHARE,
+    WITH_ZEROS,
+    Measurement,
+    RunRecord,
+    read_record,
+    write_text_atomically,
+)
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
 
@@ -51,6 +61,7 @@ class Quantity:
     """How one metric is shown: a short head with its unit, and its digits.
 
     every_workload: a column for each `on` found; otherwise the smallest batch, or the first measured, alone.
+    longest: the one with the longest context, which the head names.
     """
 
     metric: str
@@ -59,6 +70,7 @@ class Quantity:
     scale: float = 1.0
     interval: Callable[[float], str] | None = None
     every_workload: bool = False
+    longest: bool = False
 
 
 def _significant(digits: int) -> Callable[[float], str]:
@@ -81,14 +93,28 @@ QUANTITIES = (
     Quantity("perplexity", "PPL", _significant(4), interval=_significant(3), every_workload=True),
     Quantity("kl_divergence", "KL nats", _significant(3), every_workload=True),
     Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
+    Quantity("stream_perplexity_ratio", "stream ×", _significant(4), interval=_significant(3), every_workload=True),
+    Quantity("accuracy_before", "before %", _fixed(1), scale=100, every_workload=True),
     Quantity("accuracy", "task %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
+    Quantity("accuracy_with_calculator", "calculator %", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
+    Quantity("rouge_l_before", "ROUGE-L before", _fixed(1), scale=100, every_workload=True),
+    Quantity("rouge_l", "ROUGE-L", _fixed(1), scale=100, interval=_fixed(0), every_workload=True),
     Quantity("time_to_first_token_ms", "TTFT ms", _significant(3)),
     Quantity("time_per_output_token_ms", "TPOT ms", _significant(3)),
     Quantity("decode_tokens_per_second", "t/s", _significant(3), every_workload=True),
     Quantity("requests_per_second", "req/s", _significant(3), every_workload=True),
+    Quantity("decoding_speedup", "speed-up ×", _significant(3), every_workload=True),
+    Quantity("guess_acceptance", "accepted %", _fixed(1), scale=100, every_workload=True),
+    Quantity("context_output_token_ms", "TPOT ms", _significant(3), longest=True),
+    Quantity("context_cache_bytes", "cache MB", _significant(3), scale=1e-6, longest=True),
+    Quantity("context_peak_exponent", "peak ~ n^", _fixed(2), every_workload=True),
+    Quantity("cache_slots_per_token", "slots/token", _significant(3), every_workload=True),
     Quantity("effective_bits_per_weight", "bits/w", _fixed(2), every_workload=True),
     Quantity("stored_bytes", "MB", _significant(3), scale=1e-6, every_workload=True),
     Quantity("compress_seconds", "comp. s", _significant(3)),
+    Quantity("peak_compress_bytes", "comp. GB", _significant(3), scale=1e-9),
+    Quantity("teacher_tokens", "teach. k", _significant(3), scale=1e-3),
+    Quantity("training_tokens", "train. k", _significant(3), scale=1e-3),
 )
 
 
@@ -134,13 +160,13 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
                 wider = [other for other in kept if protocol < other]
                 home = max(wider, key=lambda other: _kinship(record, kept[other]), default=protocol)
                 kept.setdefault(home, []).append(record)
-        blocks += kept.values()
+        blocks += map(_one_dense, kept.values())
     return blocks
 
 
 def _setting(record: RunRecord) -> str:
     config = record.config
-    keys = [record.model, *(config.get(key) for key in ("model", "hardware", "engine"))]
+    keys = [record.model, config.get("model"), telling(config.get("hardware") or {}), config.get("engine")]
     keys += [_evaluated_text(record), _machine(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
@@ -220,6 +246,19 @@ def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) 
     if strict:
         _refuse_several(split)
     return [_block(records, table.groups) for records in split]
+
+
+def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
+    """A block in which one dense model stands once, however many ways its students were asked before they were taught.
+
+    What it answered in each way is in the rows of those students.
+    """
+    dense = [record for record in records if _name(record) == DENSE.name]
+    asked = {m.on for record in records for m in record.measurements if m.metric == "accuracy_before"}
+    if len(dense) < 2 or not asked:
+        return records
+    kept = [m for m in dense[0].measurements if not (m.metric.startswith("accuracy") and m.on in asked)]
+    return [replace(dense[0], measurements=kept), *(record for record in records if _name(record) != DENSE.name)]
 
 
 def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
@@ -370,7 +409,8 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
             found[prefix] = value
 
     walk("method", record.config.get("method"))
-    walk("calibration", record.config.get("calibration"))
+    if record.card.get("calibrates", True) is True:
+        walk("calibration", record.config.get("calibration"))
     return found
 
 
@@ -402,6 +442,10 @@ def _columns(records: list[RunRecord]) -> list[Column]:
         found = [m for record in records for m in record.measurements if m.metric == quantity.metric]
         if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
             columns.append(Column(quantity, None, quantity.head, "lower"))
+        elif found and quantity.longest:
+            on = max((m.on for m in found), key=_context)
+            head = f"{quantity.head} at {_context(on):.0f}"
+            columns.append(Column(quantity, on, head, found[0].better))
         elif found and quantity.every_workload:
             workloads = sorted(dict.fromkeys(m.on for m in found), key=_batch)
             heads = _short_names(workloads)
@@ -441,6 +485,11 @@ def _task_head(column: Column) -> Column:
 def _batch(on: str) -> float:
     found = re.search(r"\bbatch (\d+)", on)
     return float(found[1]) if found else math.inf
+
+
+def _context(on: str) -> float:
+    found = re.search(r"\bcontext (\d+)", on)
+    return float(found[1]) if found else 0
 
 
 def _short_names(workloads: list[str]) -> dict[str, str]:
@@ -550,6 +599,7 @@ def _remarks(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
     beside: the other rows of the block; a stack is compared with its steps among them.
     """
     remarks = [*_lines_of(record, "departures"), *_lines_of(record, "notes"), *_additivity(record, beside)]
+    remarks += [*_removal(record, beside), *_zeros(record), *_off_grid(record)]
     if record.card.get("runtime"):
         remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
@@ -583,6 +633,33 @@ def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
         f"alone: {listed}; if their losses added up, {predicted:.4g}; measured {math.exp(measured):.4g} "
         f"({math.exp(measured) / predicted - 1:+.1%})"
     ]
+
+
+def _removal(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a structured pruner took out, beside what it was asked for, and the parameters that are left."""
+    reached = record.curves.get(REMOVED_SHARE)
+    if not reached:
+        return []
+    parts = [f"{reached[-1][1]:.1%} of the blocks' weights removed, {_sparsity(record)} asked for"]
+    dense = next((r for r in beside if _name(r) == DENSE.name), None)
+    left, whole = (r.value("parameters") if r else None for r in (record, dense))
+    if left and whole:
+        parts.append(f"{left:,.0f} of {whole:,.0f} parameters left ({left / whole - 1:+.1%})")
+    return ["; ".join(parts)]
+
+
+def _zeros(record: RunRecord) -> list[str]:
+    """That zeros were multiplied like other numbers, where no speed column says which kernel ran."""
+    loaded = record.find("loaded_weight_bytes")
+    if record.find("time_per_output_token_ms") or loaded is None or WITH_ZEROS not in loaded.note:
+        return []
+    return [f"runs {WITH_ZEROS}: no faster than dense"]
+
+
+def _off_grid(record: RunRecord) -> list[str]:
+    """That a stack has no longer the bit-width that its row names."""
+    off = record.curves.get(OFF_GRID)
+    return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
 
 
 def _lines_of(record: RunRecord, field: str) -> list[str]:
@@ -768,11 +845,16 @@ def write_table(table: Table, records: Sequence[RunRecord], folder: Path, strict
     for suffix, content in (
         ("md", f"{to_markdown(title, blocks, absent)}\n{source}\n"),
         ("tex", to_latex(title, blocks, absent)),
-        ("html", to_html(title, blocks, absent)),
+        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
         ("csv", to_csv(shown)),
     ):
         write_text_atomically(content, folder / f"{table.name}.{suffix}")
     return to_markdown(title, blocks, absent, width=_terminal_width())
+
+
+def _curve_title(record: RunRecord) -> str:
+    bits = f", {record.bits} bits" if record.bits is not None else ""
+    return f"{_title(record)}{bits} ({record.model}, {record.id[:6]})"
 
 
 LISTED = "\n".join(f"  {table.name}  {table.number:>3}  {table.title}" for table in TABLES)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PANEL_COLUMNS = 192  # of the symmetric product that are computed at a time
 INNER_COLUMNS = 16  # columns after which the rest of a lazy block is brought up to date
+CACHED_TOKENS = 1024  # a CPU's caches hold about what a block makes of so many; more at once wait for memory
 THREADED_MULTIPLICATIONS = 2**29  # a CPU product below this takes milliseconds; waiting threads would burn as much
 MAXIMUM_DAMPING_RETRIES = 6
 
@@ -68,7 +69,7 @@ class Moments:
         if self.matrix:
             _add_product(self._upper, x)
         else:
-            self._diagonal += torch.linalg.vector_norm(x, dim=0).square_()
+            self._diagonal += x.square().sum(0)
         if self.magnitudes:
             absolute = x.abs()
             self._absolute += absolute.sum(0)
@@ -120,12 +121,19 @@ def _add_product(upper: Tensor, x: Tensor) -> None:
 
 
 def blocks_to_calibrate(
-    base: LanguageModel, bench: Bench, working_memory_gib: float
+    base: LanguageModel, bench: Bench, working_memory_gib: float, sequential: Literal["linear", "block"]
 ) -> tuple[list[Block], list[Tensor]]:
-    """The decoder blocks ready to be run, and what enters the first, for the calibration windows of this run."""
+    """The decoder blocks ready to be run, and what enters the first, for the calibration windows of this run.
+
+    sequential: as `calibrate_block` will be told. Where all linears see the unchanged block, a CPU is faster with
+    chunks that its caches hold.
+    """
     windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
     _, modules = decoder_blocks(base.module)
-    return record_blocks(base.module, windows, windows_that_fit(modules[0], windows, working_memory_gib))
+    per_chunk = windows_that_fit(modules[0], windows, working_memory_gib)
+    if sequential == "block" and next(modules.parameters()).device.type == "cpu":
+        per_chunk = min(per_chunk, max(1, CACHED_TOKENS // windows.shape[1]))
+    return record_blocks(base.module, windows, per_chunk)
 
 
 def observed_blocks(
@@ -154,7 +162,7 @@ def observed_blocks(
             bench.log.spared_seconds += float(found.pop("seconds"))
             yield block, _moments_from(found, block), []
         return
-    blocks, hidden = blocks_to_calibrate(base, bench, working_memory_gib)
+    blocks, hidden = blocks_to_calibrate(base, bench, working_memory_gib, "block")
     for block in blocks:
         started = time.perf_counter()
         moments, outputs = observe_block(block, hidden, magnitudes, matrix)

@@ -7,6 +7,7 @@ layer is stored by both: removed weights stay removed, and what was on a grid st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError, RunError
+from harness.records import OFF_GRID
 from methods.blocks import block_linears, replace_module
 from methods.pruning.masks import MaskedLinear
 from methods.pruning.sparse_linear import SparseLinear
@@ -22,15 +24,23 @@ from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, QuantizedLinear, pack_linear
 
 if TYPE_CHECKING:
+    from harness.decoding import Decoding
     from harness.method import Bench, LanguageModel, Method
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Methods in the order in which they are applied; names: what each is called, for messages and scratch folders."""
+    """Methods in the order in which they are applied.
+
+    names: what each is called, for messages and scratch folders. decoding: how the last student among them is asked; a
+    probe reads it.
+    """
 
     steps: Sequence[Method]
     names: Sequence[str]
+    decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
         if len(self.steps) < 2 or len(self.steps) != len(self.names):
@@ -52,7 +62,14 @@ class Stack:
             # statistics kept by a sweep are those of the uncompressed model
             own = replace(bench, scratch=scratch, statistics=None if index else bench.statistics)
             base = step.compress(base, own)
-            close_layers(base, known, name)
+            left = close_layers(base, known, name)
+            if left:
+                bench.log.point(OFF_GRID, 0, left)
+                log.warning(
+                    "%s moved the weights of %d linears off the grid of an earlier step, so each is stored in 16 bits; "
+                    "put %s first to keep few bits",
+                    *(name, left, name),
+                )
         return base
 
 
@@ -86,9 +103,13 @@ def open_layers(module: nn.Module) -> dict[str, Known]:
 
 
 @torch.no_grad()
-def close_layers(base: LanguageModel, known: dict[str, Known], step: str) -> None:
-    """Store every opened layer by what held before the step and what the step made of it."""
+def close_layers(base: LanguageModel, known: dict[str, Known], step: str) -> int:
+    """Store every opened layer by what held before the step and what the step made of it.
+
+    Returns how many had their weights on a grid and have no longer.
+    """
     layers = block_linears(base.module)
+    left = 0
     for name, before in known.items():
         layer = layers.get(name)
         if layer is None or (layer.out_features, layer.in_features) != (
@@ -102,7 +123,10 @@ def close_layers(base: LanguageModel, known: dict[str, Known], step: str) -> Non
             continue
         if before.removed is not None and bool(weight[before.removed].any()):
             raise RunError(f"{name}: {step} brought removed weights back; put it before the method that prunes")
-        replace_module(base.module, name, _both(layer, weight, before, base.storage_dtype))
+        stored = _both(layer, weight, before, base.storage_dtype)
+        left += before.grid is not None and isinstance(stored, SparseLinear) and stored.grid is None
+        replace_module(base.module, name, stored)
+    return left
 
 
 def _both(layer: nn.Module, weight: Tensor, before: Known, dtype: torch.dtype) -> nn.Module:

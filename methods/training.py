@@ -1,38 +1,47 @@
 """The training loop of everything that trains a whole model: transformers' Trainer, with the loss as an argument.
 
-Quantization-aware training, scale and adapter tuning use it as they are; pruning recovery and distillation bring other
-losses. What is trained is a list of parameters, the rest of the model is left alone and is in no checkpoint. A run
-that was killed goes on from its last checkpoint to exactly the result it would have had.
+Quantization-aware training, scale and adapter tuning, recovery after pruning and distillation bring their losses.
+What is trained is a list of parameters, the rest of the model is left alone and is in no checkpoint. A run that was
+killed goes on from its last checkpoint to exactly the result it would have had. Several processes share the work when
+`accelerate launch` starts them (data parallel, or sharded by FSDP).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import ConfigError, RunError
+from methods.examples import Batch, Data, collated
 
 if TYPE_CHECKING:
     from harness.method import Bench
 
-Loss = Callable[[nn.Module, Tensor], Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+Prepare = Callable[[nn.Module, Batch, torch.Generator], Batch]
 SCHEDULES = ("constant", "linear", "cosine")
+TINY = torch.finfo(torch.float32).tiny
+ROWS_SHOWN = 8  # texts of a failing batch that a message names
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How long and how fast.
 
-    steps: optimizer steps. batch_size: windows in a forward pass. gradient_accumulation: passes in a step.
+    steps: optimizer steps. batch_size: texts in a forward pass. gradient_accumulation: passes in a step.
     schedule: of the learning rate after the warm-up, which takes `warmup_share` of the steps.
-    weight_decay: of matrices; vectors and scales are left out. maximum_gradient_norm: gradients are clipped to it.
-    checkpoint_steps: steps between checkpoints.
+    final_share: of the learning rate, what is left of it at the end of a cosine.
+    weight_decay: of matrices; vectors and scales are left out. betas: of AdamW.
+    maximum_gradient_norm: gradients are clipped to it. checkpoint_steps: steps between checkpoints.
+    validation_steps: steps between looks at held-out text, where a method looks at some; 0: at the start and the end.
     mixed_precision: bfloat16 products on GPUs; parameters stay in float32.
     """
 
@@ -42,9 +51,12 @@ class TrainingSettings:
     gradient_accumulation: int = 1
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_share: float = 0.1
+    final_share: float = 0.0
     weight_decay: float = 0.0
+    betas: Sequence[float] = (0.9, 0.999)
     maximum_gradient_norm: float = 1.0
     checkpoint_steps: int = 20
+    validation_steps: int = 0
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
@@ -53,28 +65,84 @@ class TrainingSettings:
         for name in ("batch_size", "gradient_accumulation", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: must be at least 1")
+        if self.validation_steps < 0:
+            raise ConfigError(f"training.validation_steps={self.validation_steps}: must not be negative")
         if not self.learning_rate >= 0:
             raise ConfigError(f"training.learning_rate={self.learning_rate}: must not be negative")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"training.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
         if not 0 <= self.warmup_share < 1:
             raise ConfigError(f"training.warmup_share={self.warmup_share}: must lie between 0 and 1")
+        if not 0 <= self.final_share <= 1 or (self.final_share and self.schedule != "cosine"):
+            raise ConfigError(
+                f"training.final_share={self.final_share}: must lie between 0 and 1, and only schedule=cosine has one"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training.betas={list(self.betas)}: must be two numbers from 0 to below 1")
 
     @property
-    def windows(self) -> int:
-        """How many windows are read, repeats included."""
+    def texts(self) -> int:
+        """How many texts one process reads, repeats included."""
         return self.steps * self.batch_size * self.gradient_accumulation
 
 
-def language_modeling_loss(module: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each next token: ids [B, T] -> nats."""
-    return module(input_ids=tokens, labels=tokens, use_cache=False).loss
+def processes() -> int:
+    """How many processes train together, as their launcher says in WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """Which of them this is; the one with rank 0 writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each next token: logits [B, T, V] of the batch -> nats [B, T-1], float32."""
+    targets = batch.tokens.roll(-1, 1)  # the last column is left out below: cheaper than a copy of logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view_as(targets)[:, :-1]
+
+
+def weighted_mean(values: Tensor, batch: Batch) -> Tensor:
+    """Mean of [B, T-1] over the predictions that count, by their weights; a scalar."""
+    return (values * batch.weights).sum() / batch.weights.sum().clamp(min=TINY)
+
+
+def logits_of(module: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, T, V] of a batch, past no cache."""
+    mask = batch.attention if batch.padded else None
+    return module(input_ids=batch.tokens, attention_mask=mask, use_cache=False).logits
+
+
+def language_modeling_loss(module: nn.Module, batch: Batch | Tensor) -> Tensor:
+    """Mean negative log-likelihood of the tokens that are learned, in nats; windows of ids [B, T] learn all."""
+    batch = Batch.of_windows(batch) if isinstance(batch, Tensor) else batch
+    return weighted_mean(token_losses(logits_of(module, batch), batch), batch)
+
+
+@torch.no_grad()
+def held_out_loss(module: nn.Module, data: Data, loss: Loss = language_modeling_loss, batch_size: int = 4) -> float:
+    """`loss` of a model over a whole data set, nothing trained: every prediction counts by its weight."""
+    total = weights = 0.0
+    device = next(module.parameters()).device
+    for start in range(0, len(data), batch_size):
+        batch = collated(data, range(start, min(start + batch_size, len(data))), 0).to(device)
+        weight = float(batch.weights.sum())
+        total += float(loss(module, batch)) * weight
+        weights += weight
+    return total / weights
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
 
 
 def train(
     module: nn.Module,
     parameters: Sequence[nn.Parameter],
-    windows: Tensor,
+    data: Data,
     loss: Loss,
     settings: TrainingSettings,
     bench: Bench,
@@ -83,68 +151,111 @@ def train(
     state: Sequence[Tensor] = (),
     before_step: Callable[[], None] | None = None,
     first_step: int = 0,
+    prepare: Prepare | None = None,
+    validate: Callable[[], float] | None = None,
 ) -> None:
-    """Train `parameters` of `module` on token windows [S, T], in place.
+    """Train `parameters` of `module` on windows of ids [S, T] or on examples, in place.
 
-    loss: (module, ids [B, T]) -> scalar. after_step: called after every optimizer step (masks, bounds).
+    loss: (module, batch) -> scalar, the mean over the batch by its weights; passes of one step, and processes, count by
+        the weights of their batches, so that a step minimises the mean over all that it reads.
+    after_step: called after every optimizer step (masks, bounds).
     before_step: called when the gradients of a step are whole and clipped, before they are used.
     state: tensors that change in place while training and are no parameters (moving averages): kept in checkpoints.
     first_step: where this training begins on the curve of a method that trains several times.
-    Windows are read in shuffled passes, in an order that depends on the seed alone. The loss goes into the run's log.
-    Raises RunError when the loss stops being a number.
+    prepare: (module, batch, generator) -> batch, rewrites every batch of a step before its losses, without gradients:
+        to sample from the model that is trained. The generator depends on seed, step, pass and process alone.
+    validate: held-out loss in nats; goes into the log beside the training loss.
+    Texts are read in shuffled passes, in an order that depends on the seed alone.
+    Raises RunError when the loss stops being a number, before the step is taken; the last checkpoint stays.
     """
+    if len(data) == 0:
+        raise RunError(f"{what}: there is no text to train on; check the corpus, or method.examples")
     if settings.steps == 0:
         return
     parameters = list(parameters)
-    order = _order(len(windows), settings.windows, bench.generator.initial_seed())
+    order = _order(len(data), settings.texts * processes(), bench.generator.initial_seed())
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
         trained = _Trained(module, parameters, state, loss)
-        trainer = _trainer(trained, windows[order], settings, bench, what, before_step, after_step, first_step)
+        callback = _callback(settings, bench, what, before_step, after_step, first_step, validate)
+        trainer = _trainer(trained, module, data, order, settings, bench, what, callback, prepare)
         trainer.train(resume_from_checkpoint=_last_checkpoint(bench.scratch / "training"))
+        trained.settle(trainer)
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     module.eval()
-    bench.log.tokens += settings.windows * windows.shape[1]
+    bench.log.tokens += int(trained.tokens_seen) * processes()
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: what training changes and nothing else, so that checkpoints hold nothing else."""
+    """What the Trainer sees: what training changes and nothing else, so that checkpoints hold nothing else.
+
+    Only a model that is sharded over processes is seen whole, because each of them holds a part of it.
+    """
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter], state: Sequence[Tensor], loss: Loss) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(parameters)
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded:
+            self.module = module
+        else:
+            self.trained = nn.ParameterList(parameters)
         for index, tensor in enumerate(state):
             self.register_buffer(f"state_{index}", tensor)
-        self._compute = lambda tokens: loss(module, tokens)  # a closure is no submodule
+        device = parameters[0].device
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long, device=device))
+        self._compute = lambda batch: loss(module, batch)  # a closure is no submodule
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch of ids [B, T]."""
-        return {"loss": self._compute(input_ids)}
+    def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch."""
+        batch = Batch.from_dict(tensors)
+        self.tokens_seen += batch.attention.sum()
+        return {"loss": self._compute(batch)}
+
+    def settle(self, trainer: Any) -> None:
+        """Bring the parts of a sharded model together again, on every process."""
+        if not self.sharded:
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
+        state = get_model_state_dict(trainer.model_wrapped, options=whole)
+        for name, _ in list(self.module.named_parameters()):
+            owner, _, attribute = name.rpartition(".")
+            value = state.get(f"module.{name}")
+            if value is not None:
+                made = nn.Parameter(value.to(trainer.args.device), requires_grad=False)
+                setattr(self.module.get_submodule(owner), attribute, made)
+        self.module.tie_weights()
 
 
-def _trainer(
-    trained: _Trained,
-    windows: Tensor,
+def _callback(
     settings: TrainingSettings,
     bench: Bench,
     what: str,
     before_step: Callable[[], None] | None,
     after_step: Callable[[], None] | None,
     first_step: int,
+    validate: Callable[[], float] | None,
 ) -> Any:
-    from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+    from transformers import TrainerCallback
+
+    def look(step: int) -> None:
+        if validate is not None:
+            with torch.no_grad():
+                bench.log.point("validation loss", first_step + step, validate())
 
     class Callback(TrainerCallback):
-        """Progress, log and what else happens after a step."""
+        """Progress, log and what else happens around a step."""
 
         def __init__(self) -> None:
             self.bar: Iterator[int] = iter(bench.progress.track(range(settings.steps), what, settings.steps))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                look(0)
             for _done in range(state.global_step + 1):
                 next(self.bar, None)
 
@@ -157,24 +268,94 @@ def _trainer(
             if after_step is not None:
                 with torch.no_grad():
                     after_step()
+            step = state.global_step
+            if step == settings.steps or (settings.validation_steps and step % settings.validation_steps == 0):
+                look(step)
             next(self.bar, None)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" in logs:
-                if logs["loss"] != logs["loss"]:
-                    raise RunError(
-                        f"{what}: the loss is no number at step {state.global_step}; lower training.learning_rate"
-                    )
                 bench.log.point("training loss", first_step + state.global_step, logs["loss"])
 
-    class InOrder(Trainer):
-        """Reads the windows as they come: they were shuffled before."""
+    return Callback()
+
+
+def _trainer(
+    trained: _Trained,
+    module: nn.Module,
+    data: Data,
+    order: Tensor,
+    settings: TrainingSettings,
+    bench: Bench,
+    what: str,
+    callback: Any,
+    prepare: Prepare | None,
+) -> Any:
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments, get_scheduler
+    from transformers.trainer_callback import PrinterCallback
+
+    seed = bench.generator.initial_seed()
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+
+    class Loop(Trainer):
+        """Reads the texts in the order that was drawn, and weighs them as `train` says."""
 
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
-    parameters = list(trained.parameters())
-    device = parameters[0].device
+        def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=tuple(settings.betas))
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            name = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}.get(
+                settings.schedule, settings.schedule
+            )
+            extra = {"min_lr_rate": settings.final_share} if settings.schedule == "cosine" else {}
+            warmup = round(settings.warmup_share * settings.steps)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = get_scheduler(name, optimizer, warmup, settings.steps, scheduler_specific_kwargs=extra)
+            return self.lr_scheduler
+
+        def get_batch_samples(self, iterator: Iterator[Any], count: int, device: torch.device) -> tuple[list, Tensor]:
+            """The passes of one step, and the sum of their weights over all processes."""
+            batches = [dict(batch) for _, batch in zip(range(count), iterator, strict=False)]
+            if prepare is not None:
+                for index, batch in enumerate(batches):
+                    drawn = _generator(seed, self.state.global_step, index)
+                    with torch.no_grad(), self.accelerator.autocast():  # as the losses are computed
+                        batches[index] = prepare(module, Batch.from_dict(batch).to(device), drawn).as_dict()
+            total = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
+            if processes() > 1:
+                total = self.accelerator.gather(total).sum()
+            return batches, total
+
+        def compute_loss(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Tensor],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Tensor:
+            """The share of this pass in the loss of the step."""
+            loss = model(**inputs)["loss"]
+            if not torch.isfinite(loss):
+                rows = ", ".join(str(int(row)) for row in inputs["rows"][:ROWS_SHOWN])
+                kept = _last_checkpoint(bench.scratch / "training")
+                step = self.state.global_step + 1
+                raise RunError(
+                    f"{what}: the loss is {float(loss.detach())} at step {step} (texts {rows}); lower "
+                    f"training.learning_rate; the last good checkpoint is {Path(kept).name if kept else 'the start'}"
+                )
+            share = inputs["weights"].sum() / num_items_in_batch.clamp(min=TINY)
+            return loss * share * processes()  # gradients of several processes are averaged
+
     arguments = TrainingArguments(
         output_dir=str(bench.scratch / "training"),
         max_steps=settings.steps,
@@ -189,36 +370,34 @@ def _trainer(
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
         bf16=settings.mixed_precision and device.type == "cuda",
-        seed=bench.generator.initial_seed() % 2**32,
+        seed=seed % 2**32,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         log_level="error",
     )
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    warmup = round(settings.warmup_share * settings.steps)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
-    trainer = InOrder(
+    trainer = Loop(
         model=trained,
         args=arguments,
-        train_dataset=[{"input_ids": window} for window in windows],
-        optimizers=(optimizer, scheduler),
-        callbacks=[Callback()],
+        train_dataset=order.tolist(),
+        data_collator=lambda rows: collated(data, rows, 0).as_dict(),
+        callbacks=[callback],
     )
-    from transformers.trainer_callback import PrinterCallback
-
+    trainer.model_accepts_loss_kwargs = True  # compute_loss above weighs every pass itself
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def _generator(seed: int, step: int, index: int) -> torch.Generator:
+    """Randomness of one pass of one step on one process, the same after a resume."""
+    parts = (seed, step, index, process_rank())
+    mixed = 0
+    for part in parts:
+        mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(mixed)
+
+
 def _order(available: int, wanted: int, seed: int) -> Tensor:
-    """Numbers of `wanted` windows: whole shuffled passes over all, the last one cut short."""
+    """Numbers of `wanted` texts: whole shuffled passes over all, the last one cut short."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(available, generator=generator) for _ in range(-(-wanted // available))]
     return torch.cat(passes)[:wanted]

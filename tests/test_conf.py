@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from harness import run, stacks
-from harness.cli import GROUPS, check_names, one_line, options, resolve
+from harness.cli import GROUPS, check_names, one_line, options, resolve, sweepable
 from harness.errors import ConfigError
 from harness.run import CONF, make
 
@@ -127,11 +127,14 @@ def test_every_experiment_composes_and_sweeps_over_known_names(experiment):
 
 
 def test_changing_the_method_changes_nothing_else():
-    """Equal terms: calibration, text, evaluation, seed and grid come from shared configuration."""
+    """Equal terms: calibration, text, evaluation, seed and grid come from shared configuration.
+
+    What questions are asked, and of whom, is part of some methods: they bring their own unless told otherwise.
+    """
     first = resolved("method=rtn", "bits=3")
     common = first["method"]["grid"]
     for config in (resolved(f"method={name}", "bits=3") for name in COMPRESSING):
-        for section in set(first) - {"method", "card"}:
+        for section in set(first) - {"method", "card", "problems", "text_teacher"}:
             assert config[section] == first[section], (config["card"]["name"], section)
         grid = config["method"].get("grid")
         if grid and not config["card"]["departures"]:
@@ -233,3 +236,67 @@ def test_stacks_that_mean_nothing_are_refused(wrong):
 
 def test_a_wrong_name_in_a_stack_is_named():
     assert "unknown method 'gptqq'. Did you mean gptq?" in check_names(["method=[wanda,gptqq]"])
+
+
+def test_a_value_of_a_method_can_be_set_for_a_whole_sweep():
+    """Hydra first composes the default method with it, which has no such value."""
+    swept = ["-m", "method=rtn,gptq", "method.grid.group_size=32", "bits=3"]
+    for method in ("dense", "rtn", "gptq"):
+        own = [f"method={method}", *sweepable(swept)[2:]]
+        config = resolved(*own)
+        assert config["method"]["grid"]["group_size"] == 32
+        if method != "dense":
+            run.build(config)
+    assert sweepable(swept[1:]) == swept[1:]  # one run: a wrong name is Hydra's to refuse
+    with pytest.raises(ConfigError, match="dampling"):
+        run.build(resolved("method=gptq", *sweepable(["-m", "method.dampling=1"])[1:]))
+
+
+# ------------------------------------------------------------------------------------------- students of words
+
+
+@pytest.mark.parametrize("problems", options("problems"))
+def test_all_problems_compose_and_build_or_say_that_they_need_a_file(problems):
+    config = resolved(f"problems={problems}")["problems"]
+    if config.get("path") == "" and not config.get("repository"):
+        with pytest.raises(ConfigError, match="path=FILE"):
+            make(config, "problems")
+    else:
+        assert hasattr(make(config, "problems"), "read")
+
+
+@pytest.mark.parametrize("teacher", options("text_teacher"))
+def test_every_teacher_of_words_composes_and_builds_or_says_what_it_needs(teacher):
+    config = resolved(f"text_teacher={teacher}")["text_teacher"]
+    if teacher.startswith("recorded") or teacher == "endpoint":
+        with pytest.raises(ConfigError, match=r"text_teacher\.(path=FILE|model=NAME)"):
+            make(config, "text_teacher")
+    else:
+        assert hasattr(make(config, "text_teacher"), "opened")
+
+
+def test_students_are_asked_as_they_are_taught_and_so_is_what_they_are_compared_with():
+    config = resolved("method=step_by_step", "evaluation=answers")
+    probe = config["evaluation"]["probes"]["answers"]
+    assert probe["decoding"] == config["method"]["decoding"]
+    assert probe["problems"] == config["method"]["problems"] == config["problems"]
+    twin = run.dense_twin(config)
+    assert twin["evaluation"]["probes"]["answers"] == probe
+    assert resolved("method=dense", "evaluation=answers")["evaluation"]["probes"]["answers"]["decoding"] is None
+
+
+def test_a_student_that_is_quantized_is_still_asked_as_it_was_taught():
+    config = stacked("method=[step_by_step,rtn]", "evaluation=answers")
+    taught = resolved("method=step_by_step")["method"]["decoding"]
+    assert config["evaluation"]["probes"]["answers"]["decoding"] == config["method"]["decoding"] == taught
+    assert run.build(config).method.decoding.new_tokens == 64
+
+
+def test_files_of_questions_are_named_by_content(tmp_path):
+    digests = []
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text('{"question": "What?", "answer": "' + text + '"}')
+        settings = ["problems=file", f"problems.path={path}", f"problems.test_path={path}"]
+        digests.append(run.digest_of(run.identity(resolved("method=step_by_step", "evaluation=answers", *settings))))
+    assert digests[0] == digests[1] != digests[2]

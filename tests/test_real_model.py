@@ -48,6 +48,22 @@ def runs(results) -> dict[tuple[str, float | None], RunRecord]:
     return {(record.card["name"], record.bits): record for _, record in read_records(results)}
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> dict[str, RunRecord]:
+    folder = tmp_path_factory.mktemp("pruned")
+    command = [sys.executable, "-m", "harness", "-m", "method=magnitude,wanda,sparsegpt", "sparsity=0.5"]
+    settings = ["evaluation=quality", f"evaluation.probes.perplexity.windows={WINDOWS}", "calibration.samples=8"]
+    answer = subprocess.run(
+        [*command, *settings, "hardware=cpu", "tracker=none", f"paths.results={folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return {record.card["name"]: record for _, record in read_records(folder)}
+
+
 def artifact_of(results: Path, record: RunRecord) -> Path:
     return results / "scratch" / "artifacts" / record.artifact["path"]
 
@@ -113,3 +129,12 @@ def test_the_compressed_model_loads_in_plain_transformers(runs, results):
         a, b = theirs(tokens).logits.float(), ours(tokens).logits.float()
     assert float((a - b).abs().max()) < 2e-2 * float(b.abs().max())
     assert (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.95
+
+
+def test_at_half_of_the_weights_sparsegpt_is_before_wanda_and_that_before_magnitude(pruned):
+    order = [pruned[name].value("perplexity") for name in ("dense", "sparsegpt", "wanda", "magnitude")]
+    assert order == sorted(order)
+
+
+def test_half_of_the_weights_and_a_bit_each_are_stored(pruned):
+    assert all(pruned[name].value("effective_bits_per_weight") == 9 for name in ("sparsegpt", "wanda", "magnitude"))

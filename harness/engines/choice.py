@@ -67,7 +67,9 @@ class Transformers:
         from harness import artifact
 
         dtype = hardware.scoring_dtype if mode == "scoring" else hardware.resolved_decoding_dtype()
-        yield artifact.load(folder, hardware.device, getattr(torch, dtype))
+        lm = artifact.load(folder, hardware.device, getattr(torch, dtype))
+        lm.engine = lm.engine.on_hardware(hardware.attention, "plain" if mode == "scoring" else hardware.steps)
+        yield lm
 
 
 def is_default(section: dict[str, Any] | None) -> bool:

@@ -9,6 +9,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from harness.decoding import POSITIONS_UNLIMITED, batches, complete_ids, padded
 from harness.errors import RunError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
 
-POSITIONS_UNLIMITED = 2048  # context of models whose configuration names no limit
 NEW_TOKENS = 256  # longest answer where a task names none; lm-eval's default
 
 
@@ -80,7 +80,7 @@ class EngineLM(TemplateLM):
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         for batch in self._batches(lengths, "questions"):
             spans = [self._span(requests[index]) for index in batch]
-            hidden = self._lm.engine.hidden(_padded([ids for ids, _ in spans], left=False)[0])
+            hidden = self._lm.engine.hidden(padded([ids for ids, _ in spans], left=False)[0])
             predicting = torch.cat([row[len(ids) - n : len(ids)] for row, (ids, n) in zip(hidden, spans, strict=True)])
             targets = [requests[index][2][-n:] for index, (_, n) in zip(batch, spans, strict=True)]
             scores, greedy = self._continuation(predicting, torch.tensor([id for ids in targets for id in ids]))
@@ -127,34 +127,13 @@ class EngineLM(TemplateLM):
         for batch in self._batches([len(prompt) for prompt in prompts], "answers"):
             limit = min(max(settings[index][1] for index in batch), self.max_length - 1)
             cut = [prompts[index][-(self.max_length - limit) :] for index in batch]
-            texts = self._generate(cut, [settings[index] for index in batch], limit)
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
+            written = complete_ids(self._lm, cut, [settings[index] for index in batch], limit)
+            for index, completion in zip(batch, written, strict=True):
+                answers[index] = completion.text
         return answers
 
-    def _generate(self, prompts: list[list[int]], settings: list[tuple[list[str], int]], limit: int) -> list[str]:
-        ids, mask = _padded(prompts, left=True)
-        rows: list[list[int]] = [[] for _ in prompts]
-        finished: dict[int, str] = {}
-        for step in self._lm.engine.generate(ids, limit, None if mask.all() else mask):
-            for row, token in enumerate(step.tolist()):
-                if row in finished:
-                    continue
-                rows[row].append(token)
-                stops, most = settings[row]
-                ended = token == self.eot_token_id
-                text = self.tokenizer.decode(rows[row][:-1] if ended else rows[row])
-                if ended or len(rows[row]) == most or any(stop in text for stop in stops):
-                    finished[row] = min((text.partition(stop)[0] for stop in stops), key=len, default=text)
-            if len(finished) == len(prompts):
-                break
-        return [finished.get(row, self.tokenizer.decode(rows[row])) for row in range(len(prompts))]
-
     def _batches(self, lengths: Sequence[int], what: str) -> Iterator[list[int]]:
-        """Indices of similar length together, the longest first: memory runs out at once or never."""
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        batches = [order[start : start + self._batch] for start in range(0, len(order), self._batch)]
-        return self._progress.track(batches, what, len(batches))
+        return batches(lengths, self._batch, self._progress, what)
 
 
 def _settings(arguments: dict[str, Any]) -> tuple[list[str], int]:
@@ -164,15 +143,3 @@ def _settings(arguments: dict[str, Any]) -> tuple[list[str], int]:
     until = arguments.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     return [stop for stop in stops if stop], int(arguments.get("max_gen_toks") or NEW_TOKENS)
-
-
-def _padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-    """Ids [B, T], padded with 0 at the left or right, and where they are real, [B, T]."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = True
-    return ids, mask

@@ -9,32 +9,49 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from harness.engines.attention import attention_of, needs_plain_rows, use_attention
+from harness.engines.captured import CapturedSteps
 from harness.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
+
+    from harness.engines.decoding import Decoding
 
 Mode = Literal["scoring", "decoding"]
+Choose = Callable[[torch.Tensor, int], torch.Tensor]
+Steps = Literal["plain", "captured", "auto"]
 
 LOGITS_HELD = 2**25  # float32 logits in memory at once: 134 MB, 682 positions of a vocabulary of 49,152
 LARGE_LOGIT = 100.0  # a cap or a scale on logits shows at this size, whatever the weights
 
 
 class CacheKind(Protocol):
-    """Another cache of keys and values than one entry for each number."""
+    """Another cache of keys and values than one entry for each number.
+
+    Where `chunk` is a number, the kind forgets, and so a text is read that many tokens at a time.
+    """
 
     name: str  # what a row says about it
+    chunk: int | None  # how many tokens may be read at once; None: any number
+    endless: bool  # whether positions stay inside the cache, so that a text may be longer than the model was made for
 
-    def new_cache(self, config: PreTrainedConfig) -> Cache:
-        """An empty cache for a model of this configuration."""
+    def new_cache(self, module: PreTrainedModel) -> Cache:
+        """An empty cache for a model."""
+
+    def reading(self, cache: Cache, length: int) -> dict[str, Any]:
+        """What the model must be told when it reads `length` more tokens: a mask, positions; mostly nothing."""
+
+    def slots(self, tokens: int, longest: int) -> int:
+        """Places that a sequence of `tokens` tokens takes, which may become `longest` tokens long."""
 
     def as_dict(self) -> dict[str, Any]:
         """Arguments that make this kind again."""
@@ -45,19 +62,58 @@ class TransformersEngine:
 
     cache: what keys and values are kept in; text is scored through it too, so that quality shows what it loses. None
         keeps all of them as they are.
+    attention: the implementation of attention, see `harness.engines.attention`; None is transformers' choice.
+    decoding: how tokens are generated; None is one after the other, each the likeliest.
+    steps: "plain", or "captured": a static cache and one CUDA graph for all decoding steps (on a CPU the static cache
+        alone). "auto" captures on a GPU where the cache is the plain one.
     """
 
-    def __init__(self, module: PreTrainedModel, cache: CacheKind | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        cache: CacheKind | None = None,
+        attention: str | None = None,
+        decoding: Decoding | None = None,
+        steps: Steps = "plain",
+    ) -> None:
         self.module = module.eval()
         self.cache = cache
+        self.decoding = decoding
+        self.steps: Steps = steps
+        self._chosen_attention = attention
+        if attention is not None:
+            use_attention(module, attention)
         self._mode: Mode | None = None
+        self._captured: CapturedSteps | None = None
 
     def settings(self) -> dict[str, Any]:
         """How a saved model is run again: arguments besides the module; objects by the path of their class."""
-        if self.cache is None:
-            return {}
-        path = f"{type(self.cache).__module__}.{type(self.cache).__qualname__}"
-        return {"cache": {"_target_": path, **self.cache.as_dict()}}
+        kept = {"cache": self.cache, "attention": self._chosen_attention, "decoding": self.decoding}
+        return {key: _described(value) for key, value in kept.items() if value is not None}
+
+    def changed(self, module: PreTrainedModel | None = None, **parts: Any) -> TransformersEngine:
+        """The same engine with some of cache, attention, decoding; or around another module.
+
+        Raises RunError for a part that another method has put in before: one of the two would be lost.
+        """
+        own = {"cache": self.cache, "attention": self._chosen_attention, "decoding": self.decoding}
+        for key, value in parts.items():
+            if own[key] is not None:
+                before = getattr(own[key], "name", own[key])
+                raise RunError(
+                    f"the engine's {key} is {before} already and cannot be {getattr(value, 'name', value)} as well; "
+                    "leave one of the two methods out"
+                )
+        return TransformersEngine(module or self.module, **(own | parts), steps=self.steps)
+
+    def decoding_by(self, decoding: Decoding | None) -> TransformersEngine:
+        """The same engine with another way to decode; None: one token after the other."""
+        return TransformersEngine(self.module, self.cache, self._chosen_attention, decoding, self.steps)
+
+    def on_hardware(self, attention: str | None, steps: Steps) -> TransformersEngine:
+        """The same engine as a machine's configuration runs it; a method's own attention comes first."""
+        chosen = self._chosen_attention or attention
+        return TransformersEngine(self.module, self.cache, chosen, self.decoding, steps)
 
     # ---- scoring
 
@@ -96,13 +152,25 @@ class TransformersEngine:
         return max(64, LOGITS_HELD // self.module.get_input_embeddings().num_embeddings)
 
     def _body(self, tokens: Tensor) -> Tensor:
-        return self.module.base_model(input_ids=tokens, **self._reading()).last_hidden_state
-
-    def _reading(self) -> dict[str, Any]:
-        """How a text is read at once: past a cache only where that changes what is read."""
+        """Hidden states of a whole text, read past a cache only where that changes what is read."""
         if self.cache is None:
-            return {"use_cache": False}
-        return {"past_key_values": self._new_cache(), "use_cache": True}
+            return self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        cache = self.new_cache()
+        return torch.cat([self.read_body(part, cache) for part in self._parts(tokens)], dim=1)
+
+    @torch.no_grad()
+    def read_body(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Final hidden states of the next tokens of what `cache` holds, at once: ids [B, T] -> [B, T, H]."""
+        return self._read(self.module.base_model, ids, cache).last_hidden_state
+
+    def _parts(self, tokens: Tensor) -> Sequence[Tensor]:
+        """A text as the cache can take it: ids [B, T] -> ids [B, at most chunk] each."""
+        return tokens.split((self.cache and self.cache.chunk) or tokens.shape[1], dim=1)
+
+    def _read(self, reader: nn.Module, ids: Tensor, cache: Cache, **extra: Any) -> Any:
+        """Output of the model, or its body, for the next tokens [B, T] of what `cache` holds."""
+        told = {} if self.cache is None else self.cache.reading(cache, ids.shape[1])
+        return reader(input_ids=ids, past_key_values=cache, use_cache=True, **told, **extra)
 
     @property
     def _head(self) -> nn.Module:
@@ -137,7 +205,12 @@ class TransformersEngine:
         vocabulary = self.module.get_input_embeddings().num_embeddings
         tokens = torch.arange(8, device=self.module.device)[None] % vocabulary
         hidden = self._body(tokens)[0]
-        own = self.module(input_ids=tokens, **self._reading()).logits[0].float()
+        if self.cache is None:
+            own = self.module(input_ids=tokens, use_cache=False).logits[0].float()
+        else:
+            cache = self.new_cache()
+            parts = [self._read(self.module, part, cache).logits[0] for part in self._parts(tokens)]
+            own = torch.cat(parts).float()
         if head is None or not _same(self._through_module(hidden, head), own, hidden.dtype):
             raise RunError(
                 f"{type(self.module).__name__}: logits computed from the final hidden states differ from the model's "
@@ -149,25 +222,76 @@ class TransformersEngine:
     # ---- decoding
 
     @torch.inference_mode()
-    def generate(self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Greedy decoding without early stop: ids [B, P] -> one tensor of ids [B] per decoding step.
+    def generate(
+        self,
+        prompt: Tensor,
+        new_tokens: int,
+        mask: Tensor | None = None,
+        choose: Choose | None = None,
+    ) -> Iterator[Tensor]:
+        """Decoding without early stop, greedy unless told otherwise: ids [B, P] -> ids [B] per decoding step.
 
         The first step reads the prompt, every later one a single token per row, with the KV cache.
         mask: [B, P], False where a row is padded at its start; None when no row is.
+        choose: (logits [B, V], number of the step) -> ids [B], decoded plainly; None takes the likeliest.
         """
         self._check_length(prompt.shape[1] + new_tokens)
-        step = prompt.to(self.module.device)
-        cache = self._new_cache()
-        extra = {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
-        mask = None if mask is None else mask.to(step.device).long()
-        for _ in range(new_tokens):
-            if mask is not None:
-                extra |= self._padding(mask, step.shape[1])
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = self.module(input_ids=step, past_key_values=cache, use_cache=True, **extra)
-            cache = output.past_key_values
-            step = output.logits[:, -1:].argmax(-1)
-            yield step[:, 0]
+        prompt = prompt.to(self.module.device)
+        mask = None if mask is None or bool(mask.all()) else mask.to(prompt.device).long()
+        if mask is not None and not self._takes_padding:
+            yield from self._row_by_row(prompt, new_tokens, mask, choose)
+        else:
+            yield from self._generate(prompt, new_tokens, mask, choose)
+
+    @property
+    def _takes_padding(self) -> bool:
+        """Whether rows may start with padding; if not, they are decoded side by side, each with its own cache."""
+        return (self.cache is None or self.cache.chunk is None) and not needs_plain_rows(self.attention)
+
+    def _row_by_row(self, prompt: Tensor, new_tokens: int, mask: Tensor, choose: Choose | None) -> Iterator[Tensor]:
+        unpadded = [row[None, own.bool()] for row, own in zip(prompt, mask, strict=True)]
+        if choose is None:
+            rows = [self._generate(row, new_tokens, None, None) for row in unpadded]
+            yield from (torch.cat(step) for step in zip(*rows, strict=True))
+            return
+        caches, steps = [self.new_cache() for _ in unpadded], unpadded
+        for number in range(new_tokens):
+            logits = [self.advance(step, cache)[:, -1] for step, cache in zip(steps, caches, strict=True)]
+            chosen = choose(torch.cat(logits), number)  # draws of all rows at once, as for rows without padding
+            steps = list(chosen[:, None].split(1))
+            yield chosen
+
+    def _generate(
+        self, prompt: Tensor, new_tokens: int, mask: Tensor | None, choose: Choose | None
+    ) -> Iterator[Tensor]:
+        if self.decoding is not None and choose is None:
+            yield from self.decoding.generate(self, prompt, new_tokens, mask)
+        elif mask is None and self._captures and choose is None:
+            self._captured = self._captured or CapturedSteps(self)
+            yield from self._captured.generate(prompt, new_tokens)
+        else:
+            cache, step = self.new_cache(), prompt
+            for number in range(new_tokens):
+                logits = self.advance(step, cache, mask=mask)[:, -1]
+                step = (logits.argmax(-1) if choose is None else choose(logits, number))[:, None]
+                mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                yield step[:, 0]
+
+    @torch.no_grad()
+    def advance(self, ids: Tensor, cache: Cache, keep: int = 1, mask: Tensor | None = None) -> Tensor:
+        """Logits of the last `keep` of the next tokens of what `cache` holds: ids [B, T] -> [B, keep, V].
+
+        mask: [B, tokens held and T], 0 where a row is padded at its start.
+        """
+        *before, last = self._parts(ids)
+        while before and last.shape[1] < keep:
+            last = torch.cat([before.pop(), last], dim=1)
+        for part in before:
+            self._read(self.module.base_model, part, cache)
+        extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
+        if mask is not None:
+            extra |= self._padding(mask, ids.shape[1])
+        return self._read(self.module, last, cache, **extra).logits[:, -keep:]
 
     def _padding(self, mask: Tensor, length: int) -> dict[str, Tensor]:
         """What the module must be told about rows that start with padding, for its newest `length` tokens."""
@@ -176,9 +300,10 @@ class TransformersEngine:
             told["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return told
 
-    def _new_cache(self) -> Cache:
+    def new_cache(self) -> Cache:
+        """An empty cache of this engine's kind."""
         if self.cache is not None:
-            return self.cache.new_cache(self.module.config)
+            return self.cache.new_cache(self.module)
         from transformers import DynamicCache
 
         return DynamicCache(config=self.module.config)
@@ -192,6 +317,11 @@ class TransformersEngine:
 
     @property
     def context_tokens(self) -> int | None:
+        """How long a text may be: the positions the model was made for; None where there is no limit or none known."""
+        return None if self.cache is not None and self.cache.endless else self.trained_tokens
+
+    @property
+    def trained_tokens(self) -> int | None:
         """Positions the model was made for; None where its configuration does not say."""
         return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
 
@@ -199,21 +329,31 @@ class TransformersEngine:
     def _arguments(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.module.forward).parameters)
 
-    @torch.inference_mode()
     def kv_cache_bytes_per_token(self, dtype: torch.dtype, context_tokens: int = 128) -> float:
         """Bytes that a real KV cache holds per token of one sequence, filled with `context_tokens` tokens.
 
         Floating-point entries count as `dtype`, so the answer does not depend on the dtype prepared for.
         """
+        return self.kv_cache_bytes(dtype, context_tokens) / context_tokens
+
+    @torch.inference_mode()
+    def kv_cache_bytes(self, dtype: torch.dtype, context_tokens: int) -> int:
+        """Bytes that a real KV cache holds of one sequence of so many tokens; entries as in the function above."""
         tokens = torch.zeros(1, context_tokens, dtype=torch.long, device=self.module.device)
-        cache = self.module.base_model(input_ids=tokens, past_key_values=self._new_cache(), use_cache=True)
-        kept = [
-            tensor
-            for layer in cache.past_key_values.layers
-            for tensor in vars(layer).values()
-            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1
-        ]
-        return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in kept) / context_tokens
+        cache = self.new_cache()
+        for part in self._parts(tokens):
+            self._read(self.module.base_model, part, cache)
+        return held_bytes(cache, dtype)
+
+    # ---- places in memory
+
+    def slots(self, tokens: int, longest: int) -> int:
+        """Places that serving sets aside for a sequence of `tokens` tokens that may become `longest` tokens long.
+
+        Without a cache of another kind: contiguous memory for the longest, which is what a serving system without
+        paging must reserve.
+        """
+        return longest if self.cache is None else self.cache.slots(tokens, longest)
 
     # ---- preparation
 
@@ -235,13 +375,41 @@ class TransformersEngine:
         """What multiplies the matrices, and the activations' dtype: "int4 packed (torch), bfloat16"."""
         found = Counter(_kernels(self.module))
         names = ", ".join(kernel for kernel, _ in found.most_common()) or "dense matmul"
-        cache = "" if self.cache is None else f", {self.cache.name}"
-        return f"{names}{cache}, {str(self.module.dtype).removeprefix('torch.')}"
+        parts = [names, *(part.name for part in (self.cache, self.decoding) if part is not None)]
+        if self._captures:
+            captured = CapturedSteps.name(self.module.device)
+            parts.append(captured if self._captured is None else self._captured.state)
+        parts += [f"{self.attention} attention", str(self.module.dtype).removeprefix("torch.")]
+        return ", ".join(parts)
 
     @property
     def attention(self) -> str:
-        """The attention implementation that transformers runs: "sdpa", "eager", "flash_attention_2"."""
-        return self.module.config._attn_implementation
+        """The attention implementation that transformers runs: "sdpa", "eager", "sdpa_flash"."""
+        return attention_of(self.module)
+
+    @property
+    def _captures(self) -> bool:
+        if self.steps == "auto":
+            return self.cache is None and self.decoding is None and self.module.device.type == "cuda"
+        return self.steps == "captured" and self.cache is None and self.decoding is None
+
+
+def held_bytes(cache: Cache, dtype: torch.dtype) -> int:
+    """Bytes of keys, values and whatever else a cache holds of tokens; floating-point entries count as `dtype`."""
+    kept = [
+        tensor
+        for layer in cache.layers
+        for tensor in getattr(layer, "held", lambda layer=layer: list(vars(layer).values()))()
+        if isinstance(tensor, torch.Tensor) and tensor.ndim > 1
+    ]
+    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in kept)
+
+
+def _described(value: Any) -> Any:
+    """A part of the engine as a saved model names it."""
+    if isinstance(value, str):
+        return value
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **value.as_dict()}
 
 
 def _prepare(module: nn.Module, mode: Mode, dtype: torch.dtype) -> None:

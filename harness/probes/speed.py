@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from harness.ceilings import ceilings
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.probes.footprint import loaded_bytes
 from harness.records import Measurement
 from harness.statistics import median_interval, relative_half_width
@@ -44,12 +44,13 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of batches of requests with random prompts.
+    """Times of batches of requests.
 
     batch_sizes, prompt_tokens, new_tokens: the workload.
     warm_up: requests before the clock counts.
     precision, max_repeats, seconds_limit: requests are repeated until the 95 % interval of the median time per output
         token is within ± this share of it, or this many were made, or this long was spent on a batch size.
+    prompts: "random" tokens, or consecutive passages of the evaluation "text", where speed depends on what is said.
     """
 
     batch_sizes: list[int]
@@ -59,6 +60,7 @@ class Speed:
     max_repeats: int
     precision: float
     seconds_limit: float
+    prompts: Literal["random", "text"] = "random"
     clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
 
     stage: ClassVar[Stage] = "time"
@@ -70,6 +72,8 @@ class Speed:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("warm_up", 0), ("max_repeats", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"speed {name}={getattr(self, name)}: must be at least {least}")
+        if self.prompts not in ("random", "text"):
+            raise ConfigError(f"speed prompts={self.prompts}: choose random or text")
         if not 0 < self.precision < 1:
             raise ConfigError(f"speed precision={self.precision}: must lie between 0 and 1")
 
@@ -81,7 +85,8 @@ class Speed:
         for batch in self.batch_sizes:
             stamps, foreign = self._requests(lm, batch, context)
             raw.append((batch, stamps))
-            on = f"batch {batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
+            text = f" of {context.corpus.evaluation_name}" if self.prompts == "text" else ""
+            on = f"batch {batch}, prompt {self.prompt_tokens}{text}, {self.new_tokens} new, {dtype}"
             note = "; ".join(filter(None, [lm.engine.kernels(), self._reached(stamps), foreign]))
             yield from self._measurements(stamps, batch, on, note)
             loaded = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights elsewhere
@@ -91,9 +96,7 @@ class Speed:
 
     def _requests(self, lm: LanguageModel, batch: int, context: Context) -> tuple[np.ndarray, str]:
         """Time stamps of every request [requests, 1 + new_tokens], from the hand-in on, and a note on foreign load."""
-        generator = torch.Generator().manual_seed(context.seed)
-        vocabulary = lm.module.get_input_embeddings().num_embeddings
-        prompt = torch.randint(vocabulary, (batch, self.prompt_tokens), generator=generator)
+        prompt = self._prompt(lm, batch, context)
         for _ in range(self.warm_up):
             self._request(lm, prompt)
         stamps: list[np.ndarray] = []
@@ -103,6 +106,17 @@ class Speed:
             if self._precise(np.stack(stamps)) or sum(s[-1] for s in stamps) > self.seconds_limit:
                 break
         return np.stack(stamps), watch.note()
+
+    def _prompt(self, lm: LanguageModel, batch: int, context: Context) -> torch.Tensor:
+        """Token ids [batch, prompt_tokens]."""
+        if self.prompts == "text":
+            text = context.corpus.evaluation_tokens(lm.tokenizer)
+            if len(text) < batch * self.prompt_tokens:
+                raise RunError(f"{context.corpus.evaluation_name} has only {len(text)} tokens for {batch} prompts")
+            return text[: batch * self.prompt_tokens].view(batch, -1)
+        generator = torch.Generator().manual_seed(context.seed)
+        vocabulary = lm.module.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, (batch, self.prompt_tokens), generator=generator)
 
     def _request(self, lm: LanguageModel, prompt: torch.Tensor) -> np.ndarray:
         """Seconds since the hand-in at which each token was there; the hand-in itself first, as 0.

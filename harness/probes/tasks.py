@@ -87,9 +87,9 @@ class Tasks:
         generator = np.random.default_rng(context.seed)
         for (task, chosen, metric), ours in outcomes.groupby(["task", "filter", "metric"], sort=False):
             on = about[task] + ("" if chosen == "none" else f", {chosen}")
-            yield from _accuracy(metric, ours["correct"].to_numpy(), on)
+            yield accuracy(metric, ours["correct"].to_numpy(), on)
             if dense is not None:
-                yield from _against(metric, _paired(ours, dense), on, generator)
+                yield from against(metric, _paired(ours, dense), on, generator)
 
     @property
     def _outcomes_file(self) -> str:
@@ -309,12 +309,13 @@ def _paired(ours: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
     return both
 
 
-def _accuracy(metric: str, correct: np.ndarray, on: str) -> Iterator[Measurement]:
+def accuracy(metric: str, correct: np.ndarray, on: str, note: str = "") -> Measurement:
+    """The share of right answers, outcomes 0 or 1 [N], with its Wilson interval."""
     interval = statistics.wilson_interval(int(correct.sum()), len(correct))
-    yield Measurement(metric, float(correct.mean()), "share", on, "higher", interval)
+    return Measurement(metric, float(correct.mean()), "share", on, "higher", interval, note)
 
 
-def _against(metric: str, both: pd.DataFrame, on: str, generator: np.random.Generator) -> Iterator[Measurement]:
+def against(metric: str, both: pd.DataFrame, on: str, generator: np.random.Generator) -> Iterator[Measurement]:
     """Flips and the difference in accuracy from the dense run, on the same questions."""
     ours, dense = both["correct"].to_numpy() == 1, both["correct_dense"].to_numpy() == 1
     norm = "_norm" if metric.endswith("_norm") else ""

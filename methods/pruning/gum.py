@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from methods.examples import Batch
 from methods.pruning.loraprune import cubic_progress
 from methods.pruning.structured import Layer, Units, find_layers, lowest_units, report_removed, share_of
 from methods.pruning.uneven import rebuilt
@@ -174,8 +175,8 @@ class GlobalPruning:
         gone = int(self.removed * share + 1e-6)
         return list(lowest_units(self.scores.detach(), gone).float().split(self.sizes))
 
-    def loss(self, module: nn.Module, tokens: Tensor) -> Tensor:
-        """Language-modelling loss through the present masks, plus the pull on scores; ids [B, T] -> nats."""
+    def loss(self, module: nn.Module, batch: Batch | Tensor) -> Tensor:
+        """Language-modelling loss through the present masks, plus the pull on scores, in nats."""
         share = self.progress()
         hard = self.masks(share)
         scores = (self.scores * self.method.score_rate).split(self.sizes)
@@ -183,7 +184,7 @@ class GlobalPruning:
         masks = [mask + (score - score.detach()) for mask, score in zip(hard, scores, strict=True)]
         outputs: list[Tensor] = []
         with multiplying(self.layers, masks, outputs if self.products else None):
-            loss = language_modeling_loss(module, tokens)
+            loss = language_modeling_loss(module, batch)
         if self.method.importance == "random" or self.method.movement == 0:
             return loss
         kept = 1 - share * self.removed / sum(self.sizes)  # v_t

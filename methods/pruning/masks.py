@@ -80,11 +80,20 @@ def _lowest_of_each_row(scores: Tensor, count: int) -> Tensor:
     """True at the `count` lowest scores of every row [N, K], the first of equals before the others."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    limit = scores.kthvalue(count, dim=1, keepdim=True).values
+    limit = _order_statistic(scores, count)
     below = scores < limit
     equal = scores == limit
     room = count - below.sum(1, keepdim=True)
     return below | (equal & (equal.cumsum(1) <= room))
+
+
+def _order_statistic(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of every row [N, K] -> [N, 1]."""
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    import numpy as np  # its partition is vectorised, torch's is not: a fifth of the time
+
+    return torch.from_numpy(np.partition(scores.detach().numpy(), count - 1, axis=1)[:, count - 1 : count])
 
 
 class MaskedLinear(nn.Linear):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harness.records import WITH_ZEROS
 from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear
 from methods.quantization.packing import pack, unpack, words
 
-WITH_ZEROS = "dense with zeros, no sparse kernel"
 TWO_OF_FOUR = "2:4 sparse (torch)"
 
 

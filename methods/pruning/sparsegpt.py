@@ -67,7 +67,7 @@ class SparseGPT:
             pattern.check(name, linear.in_features)
             if self.grid is not None:
                 self.grid.check(name, linear.in_features)
-        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
         for index, block in enumerate(bench.progress.track(blocks, "SparseGPT", len(blocks))):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=index == len(blocks) - 1)
         return base

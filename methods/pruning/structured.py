@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from harness.records import REMOVED_SHARE
 from methods.blocks import Block, linears_in, plain_linears, record_blocks
 from methods.pruning.masks import Pattern
 
@@ -490,7 +491,7 @@ def removed_share(layers: Sequence[Layer]) -> float:
 def report_removed(layers: Sequence[Layer], sparsity: float, bench: Bench) -> None:
     """Say what whole units made of the share that was asked for, in the run's log; loudly when they missed it."""
     reached = removed_share(layers)
-    bench.log.point("share of the blocks' weights removed", 0, reached)
+    bench.log.point(REMOVED_SHARE, 0, reached)
     for kind in layers[0].units:
         left = sum(layer.units[kind].count for layer in layers)
         bench.log.point(f"{kind} left", 0, left)

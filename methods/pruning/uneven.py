@@ -93,7 +93,6 @@ def rebuilt(lm: LanguageModel, layers: Sequence[Layer]) -> LanguageModel:
 
     Plain where a plain configuration gives the same logits, uneven otherwise.
     """
-    from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 
     module = lm.module
@@ -103,7 +102,7 @@ def rebuilt(lm: LanguageModel, layers: Sequence[Layer]) -> LanguageModel:
     for made in _models(module, layers):
         got = made(input_ids=tokens, use_cache=False).logits
         if torch.allclose(got, expected, rtol=0, atol=bound):
-            return LanguageModel(made, lm.tokenizer, TransformersEngine(made), lm.storage_dtype)
+            return LanguageModel(made, lm.tokenizer, lm.engine.changed(made), lm.storage_dtype)
     raise RunError(f"{type(module).__name__} could not be rebuilt with narrower layers; choose another model")
 
 

@@ -48,7 +48,7 @@ class Wanda:
         pattern = Pattern.parse(self.sparsity)
         for name, linear in plain_linears(base.module).items():
             pattern.check(name, linear.in_features)
-        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, "block")
         for index, block in enumerate(bench.progress.track(blocks, "Wanda", len(blocks))):
             pruned = {}
             linears = block.linears()

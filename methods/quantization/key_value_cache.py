@@ -9,19 +9,18 @@ of serving engines with their default scale of 1.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from harness.engines.transformers import TransformersEngine
 from harness.errors import ConfigError
 from methods.quantization.packing import pack, unpack, words
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
+    from transformers import Cache, PreTrainedModel
 
     from harness.method import Bench, LanguageModel
 
@@ -74,9 +73,12 @@ class KeyValueGrid:
         """Bytes of one token's keys (or values) of `width` entries in one head."""
         return width if self.kind == "e4m3" else 4 * words(width, self.bits) + STATISTICS_BYTES
 
-    def new_cache(self, config: PreTrainedConfig) -> Cache:
+    chunk: ClassVar[int | None] = None
+    endless: ClassVar[bool] = False
+
+    def new_cache(self, module: PreTrainedModel) -> Cache:
         """An empty cache for a model: transformers' own layers, which hold bytes instead of numbers."""
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=module.config)
         others = {
             type(layer).__name__
             for layer in cache.layers
@@ -89,6 +91,14 @@ class KeyValueGrid:
             )
         cache.layers = [_quantized(layer, self) for layer in cache.layers]
         return cache
+
+    def reading(self, cache: Cache, length: int) -> dict[str, Any]:
+        """Nothing to tell the model: all tokens are there."""
+        return {}
+
+    def slots(self, tokens: int, longest: int) -> int:
+        """A contiguous cache reserves for the longest."""
+        return longest
 
     @property
     def name(self) -> str:
@@ -111,8 +121,8 @@ class KeyValueCache:
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """The same model with another cache."""
-        self.grid.new_cache(base.module.config)  # refuse what cannot be cached this way before anything runs
-        base.engine = TransformersEngine(base.module, cache=self.grid)
+        self.grid.new_cache(base.module)  # refuse what cannot be cached this way before anything runs
+        base.engine = base.engine.changed(cache=self.grid)
         return base
 
 

@@ -66,7 +66,7 @@ class OWQ:
         """Calibrate and replace the linears of one block after the other."""
         for name, linear in plain_linears(base.module).items():
             self.grid.check(name, linear.in_features)
-        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
         for block in bench.progress.track(blocks, "OWQ", len(blocks)):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
         return base

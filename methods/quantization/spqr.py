@@ -81,7 +81,7 @@ class SpQR:
                     f"{name}: {linear.in_features} input channels must be a multiple of method.group_size="
                     f"{self.group_size} and at most {WIDEST}; choose a group size that divides them"
                 )
-        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib)
+        blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
         for index, block in enumerate(bench.progress.track(blocks, "SpQR", len(blocks))):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
             layers = [layer for layer in block.linears().values() if isinstance(layer, SparseOutlierLinear)]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import VOCABULARY, byte_tokenizer, causal_model, token_ids
 
 from harness.engines.transformers import TransformersEngine
-from harness.errors import RunError
+from harness.errors import ConfigError, RunError
 
 ARCHITECTURES = {
     "llama": {},
@@ -110,7 +110,7 @@ def test_preparing_casts_parameters_and_keeps_rotary_frequencies_and_ties():
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert torch.equal(module.model.rotary_emb.inv_freq, frequencies)
     assert module.lm_head.weight is module.model.embed_tokens.weight
-    assert engine.kernels() == "dense matmul, bfloat16"
+    assert engine.kernels() == "dense matmul, sdpa attention, bfloat16"
     with pytest.raises(ValueError, match="load it again"):
         engine.prepare("scoring", torch.float32)
 
@@ -128,7 +128,7 @@ def test_layers_that_prepare_themselves_are_not_cast():
     engine.prepare("decoding", torch.bfloat16)
     assert layer.seen == ("decoding", torch.bfloat16)
     assert layer.weight.dtype == torch.float32
-    assert engine.kernels() == "made up, bfloat16"
+    assert engine.kernels() == "made up, sdpa attention, bfloat16"
 
 
 def test_the_byte_tokenizer_of_these_tests_is_lossless():
@@ -141,3 +141,57 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(monkeypatch):
     whole = TransformersEngine(module).score(tokens)
     monkeypatch.setattr("harness.engines.transformers.LOGITS_HELD", 0)  # 64 positions at a time
     torch.testing.assert_close(TransformersEngine(module).score(tokens), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt_neox"])
+def test_a_static_cache_generates_the_same(kind):
+    module = causal_model(kind, **ARCHITECTURES[kind])
+    plain, captured = TransformersEngine(module), TransformersEngine(module, steps="captured")
+    for seed, length in ((0, 11), (1, 11), (2, 5)):  # the second reuses memory, the third needs another
+        prompt = token_ids(2, length, seed)
+        expected = torch.stack(list(plain.generate(prompt, 7)), dim=1)
+        assert torch.equal(torch.stack(list(captured.generate(prompt, 7)), dim=1), expected)
+    assert "static cache" in captured.kernels()
+
+
+def test_layers_with_windows_of_their_own_are_decoded_in_plain_steps_and_the_row_says_so():
+    module = causal_model("gemma2", **ARCHITECTURES["gemma2"])
+    captured, prompt = TransformersEngine(module, steps="captured"), token_ids(1, 12)
+    expected = list(TransformersEngine(module).generate(prompt, 5))
+    assert torch.equal(torch.stack(list(captured.generate(prompt, 5))), torch.stack(expected))
+    assert "plain steps" in captured.kernels()
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash", "flex_attention"])
+def test_implementations_of_attention_agree_and_name_themselves(name):
+    module, tokens = causal_model(), token_ids(2, 24)
+    expected = TransformersEngine(module).score(tokens)
+    engine = TransformersEngine(causal_model(), attention=name)
+    torch.testing.assert_close(engine.score(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert f"{name} attention" in engine.kernels()
+    if name != "flex_attention":
+        generated = torch.stack(list(TransformersEngine(module).generate(tokens, 5)), dim=1)
+        mask = torch.ones(2, 24, dtype=torch.bool)
+        mask[0, :3] = False
+        assert torch.equal(torch.stack(list(engine.generate(tokens, 5)), dim=1), generated)
+        padded = torch.stack(list(TransformersEngine(module).generate(tokens, 5, mask)), dim=1)
+        assert torch.equal(torch.stack(list(engine.generate(tokens, 5, mask)), dim=1), padded)
+
+
+def test_an_implementation_that_cannot_run_is_not_replaced():
+    with pytest.raises(RunError, match="flash_attention_2"):
+        TransformersEngine(causal_model(), attention="flash_attention_2")
+    with pytest.raises(RunError, match="attention of its own"):
+        TransformersEngine(causal_model("bloom", n_layer=2, n_head=4), attention="sdpa_flash")
+    with pytest.raises(ConfigError, match="sdpa_flush"):
+        TransformersEngine(causal_model(), attention="sdpa_flush")
+    windowed = TransformersEngine(causal_model("mistral", sliding_window=8), attention="sdpa_flash")
+    with pytest.raises(RunError, match="window of 8"):
+        windowed.score(token_ids(1, 24))
+
+
+def test_two_methods_cannot_put_in_the_same_part_of_the_engine():
+    engine = TransformersEngine(causal_model(), attention="eager")
+    with pytest.raises(RunError, match="is eager already"):
+        engine.changed(attention="sdpa")
+    assert engine.changed(causal_model(seed=1)).attention == "eager"

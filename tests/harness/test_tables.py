@@ -213,6 +213,28 @@ def test_one_task_judged_in_two_ways_has_two_columns():
     assert (row["gsm8k % strict"].value, row["gsm8k % flexible"].value) == ("10.0", "20.0")
 
 
+def test_a_dense_model_asked_in_several_ways_is_one_row_and_before_and_after_stand_in_one():
+    on = "svamp, 100 of 300 questions (sample 0), exact match (number), asked as it is taught"
+
+    def with_answers(run, **values):
+        more = [Measurement(metric, value, "share", on, "higher") for metric, value in values.items()]
+        return replace(run, measurements=[*run.measurements, *more])
+
+    dense = [
+        with_answers(record("dense", method={"way": way}), accuracy=share) for way, share in (("a", 0.02), ("b", 0.05))
+    ]
+    students = [
+        with_answers(record(name), accuracy_before=before, accuracy=after)
+        for name, before, after in (("fine_tune_cot", 0.02, 0.11), ("step_by_step", 0.05, 0.2))
+    ]
+    (block,) = tables.blocks_of(table_named("table_3"), [*dense, *students])
+    rows = rows_of(block)
+    assert [label for label in rows if label.startswith("Dense")] == ["Dense"]
+    assert rows["Dense"]["svamp %"].value == ""  # what it answers depends on how it is asked: see each student's row
+    assert (rows["Fine-tune-CoT"]["before %"].value, rows["Fine-tune-CoT"]["svamp %"].value) == ("2.0", "11.0")
+    assert (rows["Step-by-step"]["before %"].value, rows["Step-by-step"]["svamp %"].value) == ("5.0", "20.0")
+
+
 def test_without_speed_there_is_no_column_of_kernels():
     (block,) = blocks([record("gptq", 4, batches=())])
     assert "kernel" not in block.heads
@@ -510,3 +532,32 @@ def test_what_else_runs_a_row_and_what_its_author_must_say_are_footnotes():
     text = tables.summary_table([record("dense"), row])
     assert "other runtimes: vLLM" in text
     assert "on this model a tie" in text
+
+
+def test_a_structured_row_says_what_was_removed_of_what_was_asked_for():
+    share = "share of the blocks' weights removed"
+    dense = record("dense")
+    row = record("gum", method={"sparsity": 0.25}, card={"taxonomy": "pruning/structured"})
+    row = replace(row, curves={share: [[0, 0.2]]})
+    whole, left = (Measurement("parameters", count, "parameters", "all", "lower") for count in (1000, 800))
+    dense = replace(dense, measurements=[*dense.measurements, whole])
+    row = replace(row, measurements=[*row.measurements, left])
+    text = tables.summary_table([dense, row]).replace("\n  ", " ")
+    assert "20.0% of the blocks' weights removed, 0.25 asked for; 800 of 1,000 parameters left (-20.0%)" in text
+    assert "removed" not in tables.summary_table([dense])
+
+
+def test_a_stack_that_left_its_grid_says_so():
+    row = replace(record("gptq", 4), curves={"linears whose weights left an earlier step's grid": [[0, 210]]})
+    assert "210 linears left the grid of an earlier step" in tables.summary_table([record("dense"), row])
+
+
+def test_zeros_that_no_kernel_skips_are_said_where_no_speed_says_so():
+    note = "200 as a dense model; dense with zeros, no sparse kernel, bfloat16"
+    loaded = Measurement("loaded_weight_bytes", 200, "bytes", "ready to decode", "lower", note=note)
+    timed = record("wanda", method={"sparsity": 0.5})
+    quality = [m for m in timed.measurements if not m.metric.startswith("time_per")]
+    untimed = replace(timed, measurements=[*quality, loaded])
+    assert "no sparse kernel: no faster than dense" in tables.summary_table([record("dense"), untimed])
+    timed = replace(timed, measurements=[*timed.measurements, loaded])
+    assert "no faster than dense" not in tables.summary_table([record("dense"), timed])

@@ -57,7 +57,7 @@ def test_scoring_reads_the_cache_as_decoding_does(architecture):
     """One pass over a text and its tokens one by one meet the same rounded keys and values."""
     engine = TransformersEngine(tiny_model(architecture), cache=KeyValueGrid(3))
     together = engine.hidden(TOKENS)
-    cache, steps = engine._new_cache(), []
+    cache, steps = engine.new_cache(), []
     with torch.no_grad():
         for k in range(TOKENS.shape[1]):
             out = engine.module.base_model(input_ids=TOKENS[:, k : k + 1], past_key_values=cache, use_cache=True)

@@ -89,9 +89,11 @@ def test_pruning_a_quantized_model_keeps_its_grid(pruner, tmp_path):
         assert torch.equal(layer.dequantise(), rounded[name].masked_fill(layer.removed(), 0))
 
 
-def test_second_order_pruning_leaves_the_grid_and_is_stored_in_16_bits(tmp_path):
+def test_second_order_pruning_leaves_the_grid_is_stored_in_16_bits_and_says_so(tmp_path, caplog):
     both = compressed(stack(RoundToNearest(GRID), SparseGPT(0.5, mask_columns=16)), tmp_path)
-    assert all(layer.grid is None for layer in block_linears(both.module).values())
+    layers = block_linears(both.module)
+    assert all(layer.grid is None for layer in layers.values())
+    assert f"{len(layers)} linears off the grid" in caplog.text
 
 
 def test_gptq_makes_up_for_what_is_missing(tmp_path):

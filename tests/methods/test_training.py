@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,16 @@ from torch import nn
 from harness.errors import ConfigError, RunError
 from harness.method import Bench, TrainingLog
 from harness.progress import NoProgress
-from methods.training import TrainingSettings, language_modeling_loss, train
+from methods.examples import Batch, Example
+from methods.training import (
+    TrainingSettings,
+    held_out_loss,
+    language_modeling_loss,
+    logits_of,
+    token_losses,
+    train,
+    weighted_mean,
+)
 
 WINDOWS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -82,7 +92,10 @@ def test_no_steps_change_nothing(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     module = tiny_model("llama")
-    with pytest.raises(RunError, match=r"test: the loss is no number at step 1; lower training.learning_rate"):
+    with pytest.raises(
+        RunError,
+        match=r"test: the loss is nan at step 1 \(texts \d\); lower training.learning_rate; the last good .* the start",
+    ):
         train(
             module,
             [module.model.layers[0].mlp.down_proj.weight],
@@ -145,7 +158,8 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tmp_path):
 
     trained(tmp_path, TrainingSettings(steps=2, learning_rate=1e-2, checkpoint_steps=1))
     with safe_open(tmp_path / "training" / "checkpoint-2" / "model.safetensors", framework="pt") as file:
-        assert len(file.keys()) == len([n for n, _ in tiny_model("llama").named_parameters() if "down_proj" in n])
+        weights = {key for key in file.keys() if key != "tokens_seen"}  # noqa: SIM118 not a dict
+    assert len(weights) == len([n for n, _ in tiny_model("llama").named_parameters() if "down_proj" in n])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +170,9 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate=-1"),
         ({"schedule": "sine"}, "schedule=sine"),
         ({"warmup_share": 1.0}, "warmup_share=1"),
+        ({"final_share": 0.1}, "only schedule=cosine"),
+        ({"betas": (0.9, 1.0)}, "betas="),
+        ({"validation_steps": -1}, "validation_steps=-1"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
@@ -176,3 +193,222 @@ def test_a_module_without_its_own_parameters_can_be_trained_too(tmp_path):
         "test",
     )
     assert float(scale.detach()) == pytest.approx(1.0, abs=0.2)
+
+
+# ------------------------------------------------------------------------------------------------- batches and weights
+
+
+def some_examples() -> list[Example]:
+    draw = torch.Generator().manual_seed(3)
+    sizes = [(3, 5, 1.0), (7, 2, 0.5), (1, 9, 2.0), (4, 4, 1.0)]
+    ids = torch.randint(3, 97, (4, 20), generator=draw).tolist()
+    return [Example(row[:p], row[p : p + r], w) for row, (p, r, w) in zip(ids, sizes, strict=True)]
+
+
+def by_hand(module: nn.Module, examples: list[Example]) -> tuple[float, float]:
+    """Sum of weighted token losses, and of weights, one example at a time, from log-softmax."""
+    total = weights = 0.0
+    for example in examples:
+        ids = torch.tensor([[*example.prompt, *example.response]])
+        scores = module(ids).logits.log_softmax(-1)
+        for position in range(len(example.prompt), len(example)):
+            total -= example.weight * float(scores[0, position - 1, ids[0, position]])
+            weights += example.weight
+    return total, weights
+
+
+def test_only_responses_count_and_by_their_weights():
+    module = tiny_model("llama")
+    total, weights = by_hand(module, some_examples())
+    assert float(language_modeling_loss(module, Batch.of_examples(some_examples()))) == pytest.approx(total / weights)
+    assert held_out_loss(module, some_examples(), batch_size=3) == pytest.approx(total / weights)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "opt", "bloom"])
+def test_padding_changes_nothing(kind):
+    """Losses of a row are the same alone and beside a longer one, whatever the padding id is."""
+    module = tiny_model(kind)
+    examples = some_examples()
+    for pad in (0, 5):
+        batch = Batch.of_examples(examples, pad=pad)
+        losses = token_losses(logits_of(module, batch), batch)
+        for row, example in enumerate(examples):
+            alone = Batch.of_examples([example])
+            expected = token_losses(logits_of(module, alone), alone)[0]
+            torch.testing.assert_close(losses[row, : len(example) - 1], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_window_is_a_response_without_a_prompt():
+    module = tiny_model("llama")
+    plain = module(input_ids=WINDOWS, labels=WINDOWS).loss
+    torch.testing.assert_close(language_modeling_loss(module, Batch.of_windows(WINDOWS)), plain)
+    as_examples = [Example(row[:1], row[1:]) for row in WINDOWS.tolist()]
+    torch.testing.assert_close(language_modeling_loss(module, Batch.of_examples(as_examples)), plain)
+
+
+def test_sequence_means_count_every_response_once():
+    module = tiny_model("llama")
+    examples = [Example(e.prompt, e.response) for e in some_examples()]
+    expected = sum(by_hand(module, [e])[0] / by_hand(module, [e])[1] for e in examples) / len(examples)
+    batch = Batch.of_examples(examples).with_sequence_means()
+    assert float(weighted_mean(token_losses(logits_of(module, batch), batch), batch)) == pytest.approx(expected)
+
+
+def test_passes_of_a_step_count_by_their_weights(tmp_path):
+    """One step over four examples of unequal length: the gradient of the mean over all their tokens, not of means."""
+    module = tiny_model("llama")
+    weight = module.model.layers[0].mlp.down_proj.weight
+    settings = TrainingSettings(
+        steps=1, learning_rate=1e-3, gradient_accumulation=4, schedule="constant", warmup_share=0.0
+    )
+    seen = []
+    run = bench(tmp_path)
+    train(
+        module,
+        [weight],
+        some_examples(),
+        language_modeling_loss,
+        settings,
+        run,
+        "test",
+        before_step=lambda: seen.append(weight.grad.clone()),
+    )
+    whole = tiny_model("llama")
+    parameter = whole.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    language_modeling_loss(whole, Batch.of_examples(some_examples())).backward()
+    norm = parameter.grad.norm()
+    torch.testing.assert_close(seen[0], parameter.grad / max(float(norm), 1.0), atol=1e-6, rtol=1e-4)
+    assert run.log.curves["training loss"][1] == pytest.approx(
+        float(language_modeling_loss(tiny_model("llama"), Batch.of_examples(some_examples()))), rel=1e-5
+    )
+    assert run.log.tokens == sum(len(example) for example in some_examples())
+
+
+def test_a_batch_can_be_rewritten_before_its_loss_and_the_same_after_a_resume(tmp_path):
+    """What `prepare` draws depends on the step alone: a run of six steps equals three and three."""
+
+    def prepare(module, batch, generator):
+        assert not torch.is_grad_enabled()
+        drawn = torch.randint(3, 97, batch.tokens.shape, generator=generator)
+        return Batch.of_windows(drawn, batch.rows)
+
+    def run(folder, steps):
+        module = tiny_model("llama")
+        weight = module.model.layers[0].mlp.down_proj.weight
+        settings = TrainingSettings(
+            steps=steps,
+            learning_rate=1e-3,
+            checkpoint_steps=3,
+            gradient_accumulation=2,
+            schedule="constant",
+            warmup_share=0.0,
+        )
+        train(module, [weight], WINDOWS, language_modeling_loss, settings, bench(folder), "test", prepare=prepare)
+        return weight
+
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 3)
+    assert torch.equal(run(tmp_path / "parts", 6), whole)
+    assert not torch.equal(
+        trained(tmp_path / "plain", TrainingSettings(steps=6, learning_rate=1e-3))[0]
+        .model.layers[0]
+        .mlp.down_proj.weight,
+        whole,
+    )
+
+
+def test_held_out_text_is_looked_at_before_between_and_after(tmp_path):
+    module = tiny_model("llama")
+    weight = module.model.layers[0].mlp.down_proj.weight
+    settings = TrainingSettings(steps=6, learning_rate=1e-2, validation_steps=2)
+    run = bench(tmp_path)
+    before = held_out_loss(module, WINDOWS)
+    train(
+        module,
+        [weight],
+        WINDOWS,
+        language_modeling_loss,
+        settings,
+        run,
+        "test",
+        validate=lambda: held_out_loss(module, WINDOWS),
+    )
+    curve = run.log.curves["validation loss"]
+    assert list(curve) == [0, 2, 4, 6]
+    assert curve[0] == pytest.approx(before)
+    assert curve[6] == pytest.approx(held_out_loss(module, WINDOWS))
+    assert curve[6] < before
+
+
+def test_a_loss_that_stops_being_a_number_leaves_the_last_good_checkpoint(tmp_path):
+    module = tiny_model("llama")
+    weight = module.model.layers[0].mlp.down_proj.weight
+    steps = []
+
+    def loss(module, batch):
+        return language_modeling_loss(module, batch) * (torch.nan if len(steps) == 5 else 1)
+
+    settings = TrainingSettings(steps=8, learning_rate=1e-3, checkpoint_steps=2)
+    with pytest.raises(RunError, match=r"nan at step 6 .*checkpoint-4"):
+        train(module, [weight], WINDOWS, loss, settings, bench(tmp_path), "test", lambda: steps.append(1))
+    assert weight.isfinite().all()
+
+
+def test_no_text_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no text to train on"):
+        trained(tmp_path, TrainingSettings(steps=1, learning_rate=1e-3), windows=WINDOWS[:0])
+
+
+def test_an_example_without_a_response_is_named():
+    with pytest.raises(RunError, match="example 7 has no response"):
+        Batch.of_examples([Example([1, 2], [])], rows=[7])
+
+
+SHARED = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+from architectures import tiny_model
+from test_training import TrainingSettings, bench, language_modeling_loss, some_examples, train
+torch.set_num_threads(1)
+module = tiny_model("llama")
+weights = [layer.mlp.down_proj.weight for layer in module.model.layers]
+settings = TrainingSettings(steps=4, learning_rate=1e-3, batch_size={batch_size}, schedule="constant")
+run = bench(Path({scratch!r}))
+train(module, weights, some_examples(), language_modeling_loss, settings, run, "test")
+losses = torch.tensor([run.log.curves["training loss"][step] for step in range(1, 5)])
+torch.save([*(w.detach() for w in weights), losses], {out!r} + "/" + os.environ.get("RANK", "0"))
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """Two processes over gloo with a text each learn what one learns from two: the same losses, the same weights."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1])]
+
+    def start(name: str, batch_size: int, environment: dict[str, str]) -> subprocess.Popen:
+        (tmp_path / name).mkdir(exist_ok=True)
+        script = SHARED.format(
+            paths=paths, scratch=str(tmp_path / name), out=str(tmp_path / name), batch_size=batch_size
+        )
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        return subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
+
+    port = free_port()
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [start("two", 1, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    running.append(start("one", 2, {}))
+    for process in running:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    one = torch.load(tmp_path / "one" / "0", weights_only=True)
+    for rank in "01":
+        for a, b in zip(torch.load(tmp_path / "two" / rank, weights_only=True), one, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,136 @@
+"""Implementations of attention by name: transformers' own, one fused kernel of torch and no other, or our reference.
+
+`sdpa` lets torch choose a kernel, call by call. `sdpa_flash`, `sdpa_efficient`, `sdpa_cudnn` and `sdpa_math` allow one
+alone and fail where it cannot run, so that a row which names a kernel ran that kernel. `tiled` is the reference of
+`methods.architecture.flash_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+from harness.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+TRANSFORMERS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+BACKENDS = {
+    "sdpa_flash": "FLASH_ATTENTION",
+    "sdpa_efficient": "EFFICIENT_ATTENTION",
+    "sdpa_cudnn": "CUDNN_ATTENTION",
+    "sdpa_math": "MATH",
+}
+OURS = (*BACKENDS, "tiled")
+IMPLEMENTATIONS = (*TRANSFORMERS, *OURS)
+
+
+def check_name(name: str, option: str) -> None:
+    """Raise ConfigError for a name that is no implementation; option: what the user set."""
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(f"{option}={name}: choose one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def needs_plain_rows(name: str) -> bool:
+    """Whether an implementation reads rows without padding only."""
+    return name in OURS
+
+
+def use_attention(module: PreTrainedModel, name: str) -> None:
+    """Make every attention layer of a model run one implementation.
+
+    Raises RunError where the model or this machine cannot: nothing is replaced silently.
+    """
+    check_name(name, "attention")
+    if name in OURS:
+        if not module._supports_attention_backend:
+            raise RunError(
+                f"{type(module).__name__} has an attention of its own and cannot run {name}; choose eager or sdpa"
+            )
+        _register(name)
+    try:
+        module.set_attn_implementation(_inside(name))
+    except (ImportError, ValueError) as error:
+        raise RunError(f"{type(module).__name__} cannot run {name} attention here: {error}") from error
+    if attention_of(module) != name:
+        raise RunError(f"{type(module).__name__} runs {attention_of(module)} attention, not {name}")
+
+
+def attention_of(module: PreTrainedModel) -> str:
+    """The implementation that a model runs, by the name of `IMPLEMENTATIONS`."""
+    own = module.config._attn_implementation
+    return next((name for name in OURS if _inside(name) == own), own)
+
+
+def _inside(name: str) -> str:
+    """The name inside transformers, which takes every name with "flash" in it for a package to be installed."""
+    return f"own_{name.replace('flash', 'fused')}" if name in OURS else name
+
+
+def _register(name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    if name == "tiled":
+        from methods.architecture.flash_attention import attend_tiled
+
+        AttentionInterface.register(_inside(name), attend_tiled)
+    else:
+        AttentionInterface.register(_inside(name), _through(name))
+    # no mask where rows are not padded: the kernels know what causal means
+    AttentionMaskInterface.register(_inside(name), flash_attention_mask)
+
+
+def _through(name: str) -> Any:
+    """An attention function of transformers that runs one of torch's kernels or fails."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    backend = getattr(SDPBackend, BACKENDS[name])
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
+        """query [B, H, Q, D], key and value [B, H_kv, K, D] -> [B, Q, H, D]."""
+        check_call(name, attention_mask, key, rest)
+        if rest.get("softcap"):
+            raise RunError(f"{name}: torch's kernels do not cap attention logits, as this model does; choose eager")
+        repeats = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        lengths = query.shape[2], key.shape[2]
+        causal = attention_mask is None and lengths[0] > 1
+        if causal and lengths[0] != lengths[1]:
+            attention_mask, causal = causal_lower_right(*lengths), False
+        try:
+            with sdpa_kernel([backend]):
+                out = F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling
+                )
+        except RuntimeError as error:
+            if "kernel" not in str(error):
+                raise
+            raise RunError(f"{name}: this kernel cannot run here in {query.dtype}: {error}") from error
+        return out.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def check_call(name: str, attention_mask: Tensor | None, key: Tensor, rest: dict[str, Any]) -> None:
+    """Raise RunError for a call that an implementation of ours would answer wrongly."""
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise RunError(f"{name}: rows with padding must be read one by one")
+    window = rest.get("sliding_window")
+    if attention_mask is None and window is not None and key.shape[2] > window:
+        raise RunError(f"{name} does not know this model's own window of {window} tokens; choose eager or sdpa")
+    if rest.get("s_aux") is not None:
+        raise RunError(f"{name} does not know this model's learned attention sinks; choose eager")

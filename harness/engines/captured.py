@@ -1,0 +1,117 @@
+"""Decoding steps of fixed shape: a cache allocated once, and on a GPU one CUDA graph that is replayed for every token.
+
+A small model's step on a GPU is hundreds of kernels of a few microseconds each, and launching them from Python takes
+longer than running them. A graph launches all of them at once. It needs memory that stays in place: a cache of the
+final length, a buffer for the token. What reads the whole of such a cache reads its empty places too, masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache
+
+    from harness.engines.transformers import TransformersEngine
+
+WARM_UP_STEPS = 3  # libraries allocate work space at first use, which a graph must not record
+
+
+@dataclass
+class _Slot:
+    """Memory of requests of one shape; `step` reads `token` [B, 1] and answers with the next one."""
+
+    cache: Cache
+    token: Tensor
+    step: Callable[[], Tensor]
+
+
+class CapturedSteps:
+    """Greedy decoding with a static cache; memory and graph are those of the latest shape of request.
+
+    A model that cannot be captured is decoded in plain steps, and `state` says why.
+    """
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+        self._shape: tuple[int, int] | None = None
+        self._slot: _Slot | None = None
+        self.state = self.name(engine.module.device)
+
+    @staticmethod
+    def name(device: torch.device) -> str:
+        """For the row."""
+        return "CUDA graph" if device.type == "cuda" else "static cache"
+
+    def generate(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
+        """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step."""
+        slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens)
+        if slot is None:
+            cache, step = self._engine.new_cache(), prompt
+            for _ in range(new_tokens):
+                step = self._engine.advance(step, cache).argmax(-1)
+                yield step[:, 0]
+            return
+        slot.cache.reset()
+        step = self._engine.advance(prompt, slot.cache).argmax(-1)
+        yield step[:, 0]
+        for _ in range(new_tokens - 1):
+            slot.token.copy_(step)
+            step = slot.step().clone()
+            yield step[:, 0]
+
+    def _slot_for(self, rows: int, longest: int) -> _Slot | None:
+        if self._shape != (rows, longest):
+            self._shape = rows, longest
+            self._slot = None  # the memory of the shape before goes first
+            self._slot = self._made(rows, longest)
+        return self._slot
+
+    def _made(self, rows: int, longest: int) -> _Slot | None:
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        module = self._engine.module
+        if self._engine.attention not in ("eager", "sdpa"):
+            self.state = f"plain steps: {self._engine.attention} attention does not mask a static cache"
+            return None
+        cache = StaticCache(config=module.config, max_cache_len=longest)
+        if any(type(layer) is not StaticLayer for layer in cache.layers):
+            self.state = "plain steps: layers with windows of their own change shape"
+            return None
+        token = torch.zeros(rows, 1, dtype=torch.long, device=module.device)
+
+        def step() -> Tensor:
+            return self._engine.advance(token, cache).argmax(-1)
+
+        if module.device.type != "cuda":
+            return _Slot(cache, token, step)
+        try:
+            return _Slot(cache, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
+        except RuntimeError as error:
+            self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
+            return None
+
+
+def _capture(step: Callable[[], Tensor], warm_up: int) -> Callable[[], Tensor]:
+    """The step as one CUDA graph: what it returns writes its answer into the same memory every time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return answer
+
+    return replay

@@ -1,0 +1,1 @@
+"""Section III-D of the survey: other ways to run the same weights."""

@@ -1,0 +1,1 @@
+"""Distillation: a small model, the student, learns from a larger one, its teacher."""
