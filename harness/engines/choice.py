@@ -25,8 +25,8 @@ DEFAULT = {"_target_": "harness.engines.choice.Transformers", "name": "transform
 class EngineChoice(Protocol):
     """How artifacts are run.
 
-    name: as in `engine=`. gives: what probes may ask for beyond scoring and decoding: "hidden states", "caches" (keys and
-    values within reach, ways to decode), "requests".
+    name: as in `engine=`. gives: what probes may ask for beyond scoring and decoding: "hidden states", "caches" (keys
+    and values within reach, ways to decode), "requests".
     dtype: arithmetic in the place of the hardware's; None leaves that.
     """
 
