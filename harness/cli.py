@@ -30,6 +30,7 @@ GROUPS = {  # the order in which help lists them
     "calibration": "how much text a method may calibrate on",
     "grid": "numbers that weights are rounded to: grid@method.grid=NAME",
     "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
+    "draft": "where speculative decoding gets its guesses: draft@method.draft=NAME",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }
