@@ -195,3 +195,14 @@ def test_two_methods_cannot_put_in_the_same_part_of_the_engine():
     with pytest.raises(RunError, match="is eager already"):
         engine.changed(attention="sdpa")
     assert engine.changed(causal_model(seed=1)).attention == "eager"
+
+
+def test_a_machines_attention_is_the_methods_where_it_has_one():
+    from harness.environment import telling
+
+    engine = TransformersEngine(causal_model())
+    assert engine.on_hardware("eager", "plain").attention == "eager"
+    assert engine.changed(attention="sdpa_math").on_hardware("eager", "plain").attention == "sdpa_math"
+    older = {"name": "cpu", "threads": None}
+    assert telling(older | {"attention": None, "steps": "plain"}) == older
+    assert telling(older | {"attention": "eager"}) != older
