@@ -208,7 +208,7 @@ def test_probes_measure_through_it(served, trained, trained_folder, tmp_path):
     assert by_name["reserved_bytes"].value == by_name["loaded_weight_bytes"].value + (1 << 20)
     assert "peak_memory_bytes" not in by_name
     assert all(m.value > 0 for m in found)
-    assert "dense matmul (vLLM 0.0), float32" in by_name["time_per_output_token_ms"].note
+    assert "dense matmul (vLLM 0.0), sdpa attention, float32" in by_name["time_per_output_token_ms"].note
     loads = [m for m in found if m.metric == "requests_per_second"]
     assert [m.on.split(", ")[1] for m in loads] == ["Poisson 20/s", "all at once"]
 
