@@ -200,6 +200,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     corpus = _by_content(config["corpus"])
     kept["hardware"] = environment.telling(config["hardware"])
     kept["model"] = _by_content(config["model"])
+    kept["method"] = _by_content(config["method"])  # a draft may be a folder, too
     kept["calibration"] = config["calibration"]
     if not config["card"].get("calibrates", True):
         corpus.pop("calibration", None)
