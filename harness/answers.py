@@ -35,6 +35,7 @@ class AnswerRule:
 
     candidates: every answer of this kind in a text, in order, given the problem's choices.
     same: whether two of them are equal.
+    single: one that ends in "A or B" has not decided: it gives no answer.
     likeness: how like a text is to the right one, 0 to 1, where right and wrong is not all there is to say.
     """
 
@@ -42,6 +43,7 @@ class AnswerRule:
     candidates: Callable[[str, Sequence[str]], list[str]]
     same: Callable[[str, str], bool] = operator.eq
     likeness: Callable[[str, str], float] | None = None
+    single: bool = False
 
     def extract(self, text: str, choices: Sequence[str] = ()) -> str | None:
         """The answer that a text gives, or None.
@@ -51,6 +53,9 @@ class AnswerRule:
         """
         conclusion = concluded(text)
         if conclusion is not None:
+            sentence = re.split(r"(?<=\.)\s|\n", conclusion.strip(), maxsplit=1)[0]
+            if self.single and len(set(self.candidates(sentence, choices))) > 1:
+                return None
             return next(iter(self.candidates(conclusion, choices)), None)
         return next(iter(self.candidates(text, choices)[::-1]), None)
 
@@ -110,13 +115,10 @@ def _choices(text: str, choices: Sequence[str]) -> list[str]:
     if first in by_words:
         return [by_words[first]]
     words = f" {plain(text)} "
-    named = [
-        (match.start(), -len(choice), choice)
-        for choice in by_words
-        for match in re.finditer(rf"(?= {re.escape(choice)} )", words)
-    ]
+    longest_first = "|".join(re.escape(choice) for choice in sorted(by_words, key=len, reverse=True))
+    named = re.findall(rf"(?<= )({longest_first})(?= )", words)
     if named:
-        return [by_words[choice] for _, _, choice in sorted(named)]
+        return [by_words[choice] for choice in named]
     lettered = [LETTERS.index(letter.upper()) for letter in re.findall(r"\(([a-jA-J])\)", text)]
     return [choices[place] for place in lettered if place < len(choices)]
 
@@ -267,8 +269,8 @@ RULES = {
     rule.name: rule
     for rule in (
         AnswerRule("number", _numbers, _same_number),
-        AnswerRule("letter", _letters),
-        AnswerRule("choice", _choices, lambda a, b: plain(a) == plain(b)),
+        AnswerRule("letter", _letters, single=True),
+        AnswerRule("choice", _choices, lambda a, b: plain(a) == plain(b), single=True),
         AnswerRule("yes_no", _yes_no),
         AnswerRule(
             "text", _texts, lambda a, b: re.sub(r"[\"'.\s]", "", a).lower() == re.sub(r"[\"'.\s]", "", b).lower()

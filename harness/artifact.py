@@ -45,7 +45,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
 
     from methods.blocks import block_linears
 
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # another sweep may be writing the same model
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -71,8 +71,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _put(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
@@ -80,6 +79,20 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
             "results elsewhere with paths.results=DIR"
         ) from error
     return description
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Move a whole artifact to its place; one that another process has put there meanwhile, and may read, stays."""
+    if (folder / DESCRIPTION).exists() and sha256(folder) == sha256(partial):
+        shutil.rmtree(partial)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if not (folder / DESCRIPTION).exists():  # nobody was faster: the error is real
+            raise
+        shutil.rmtree(partial)
 
 
 def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:

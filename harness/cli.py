@@ -37,6 +37,7 @@ GROUPS = {  # the order in which help lists them
     "inputs": "how the inputs of linears are quantized: inputs@method.inputs=NAME",
     "problems": "questions with right answers that students are taught on and asked",
     "text_teacher": "who answers questions for students that learn from words",
+    "draft": "where speculative decoding gets its guesses: draft@method.draft=NAME",
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }

@@ -40,7 +40,7 @@ class Probe(Protocol):
     "time" (speed and memory; a fresh process, the engine prepared for decoding).
     `compares` is true when it reads the outcomes of the dense run (`context.reference`).
     `needs`, where a probe has it, names what the engine must give beyond scores and tokens: "hidden states",
-    "requests" (see harness.engines.choice).
+    "caches", "requests" (see harness.engines.choice).
     """
 
     stage: Stage

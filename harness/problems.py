@@ -201,9 +201,17 @@ class TaskProblems:
     def read(self, split: Split) -> Iterator[Problem]:
         """See Problems."""
         if split == "test":
-            return self._of("test")
-        asked = {problem.id for problem in self._of("test")}
+            return self._asked()
+        asked = {problem.id for problem in self._asked()}
         return islice((problem for problem in self._of("train") if problem.id not in asked), self.limit)
+
+    def _asked(self) -> Iterator[Problem]:
+        """Test questions; one that stands there twice is asked once."""
+        seen = set()
+        for problem in self._of("test"):
+            if problem.id not in seen:
+                seen.add(problem.id)
+                yield problem
 
     def _of(self, split: Split) -> Iterator[Problem]:
         if not self.path:
@@ -303,7 +311,13 @@ INFERENCES = ("entailment", "neutral", "contradiction")  # in the order of the p
 def _inference(row: dict[str, Any]) -> Problem:
     label = row["label"] if isinstance(row["label"], str) else INFERENCES[row["label"]]
     premise, hypothesis = row["premise"].strip(), row["hypothesis"].strip()
-    return made(hypothesis, label, choices=INFERENCES, context=premise, rationale=row.get("reason", ""))
+    return made(
+        hypothesis,
+        label,
+        choices=INFERENCES,
+        context=premise,
+        rationale=row.get("reason") or row.get("explanation_1") or "",
+    )
 
 
 def _strategyqa(row: dict[str, Any]) -> Problem:

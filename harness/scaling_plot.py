@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAMILY = "quantization/data_types"
+BLOCKS = ", blocks of "  # between a data type and its block size: one colour for each type, one style for each size
+STYLES = ("-", "--", ":", "-.")
 METRICS = {"perplexity": "perplexity", "kl_divergence": "KL divergence from dense, nats per token"}
 HELP = """Draw quality against total model bits from the records of experiment=bits_scaling.
 
@@ -72,11 +74,15 @@ def draw(types: Sequence[Point], dense: Sequence[Point], metric: str, protocol: 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     models = sorted({point.model for point in types})
+    kinds, sizes = ({of(point.line): None for point in sorted(types, key=lambda p: p.line)} for of in (_kind, _blocks))
+    colour = {kind: f"C{index % 10}" for index, kind in enumerate(kinds)}
+    style = {size: STYLES[index % len(STYLES)] for index, size in enumerate(sorted(sizes, key=lambda b: (len(b), b)))}
     for model in models:
         for line in sorted({p.line for p in types if p.model == model}):
             own = sorted((p for p in types if p.model == model and p.line == line), key=lambda p: p.bits)
             label = line if len(models) == 1 else f"{line}, {model}"
-            drawn = axes.plot([p.bits for p in own], [p.value for p in own], marker="o", markersize=3, label=label)
+            look = {"color": colour[_kind(line)], "linestyle": style[_blocks(line)], "marker": "o", "markersize": 3}
+            drawn = axes.plot([p.bits for p in own], [p.value for p in own], label=label, **look)
             for point in own:
                 if point.interval is not None:
                     axes.vlines(point.bits, *point.interval, color=drawn[0].get_color(), alpha=0.25)
@@ -91,8 +97,16 @@ def draw(types: Sequence[Point], dense: Sequence[Point], metric: str, protocol: 
     axes.set_ylabel(METRICS[metric])
     axes.set_title(f"{METRICS[metric]} against model size\n{protocol}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, loc="upper right")
+    axes.legend(fontsize=7, loc="upper right", handlelength=3.5)
     return figure
+
+
+def _kind(line: str) -> str:
+    return line.partition(BLOCKS)[0]
+
+
+def _blocks(line: str) -> str:
+    return line.partition(BLOCKS)[2]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,7 +165,7 @@ def _point(record: RunRecord, measurement: Measurement) -> Point:
     stored = record.value("stored_bytes")
     if stored is None:
         raise ConfigError(f"record {record.id} has no stored_bytes; its evaluation must have the footprint probe")
-    line = title if size is None else f"{title}, blocks of {size}"
+    line = title if size is None else f"{title}{BLOCKS}{size}"
     return Point(record.model, line, record.bits or 16, 8 * stored, measurement.value, measurement.interval)
 
 

@@ -33,7 +33,10 @@ def decoder_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises ConfigError when the model has none.
     """
     best, best_size = None, 0
+    others = tuple(f"{name}." for name, child in module.named_modules() if getattr(child, "is_another_model", False))
     for name, child in module.named_modules():
+        if name.startswith(others):  # str.startswith(()) is False
+            continue
         if isinstance(child, nn.ModuleList) and len(child) and len({type(block) for block in child}) == 1:
             size = sum(tensor.numel() for tensor in (*child.parameters(), *child.buffers()))
             if size > best_size:  # strictly: the outermost of nested lists comes first and wins

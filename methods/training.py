@@ -271,6 +271,8 @@ def _callback(
             step = state.global_step
             if step == settings.steps or (settings.validation_steps and step % settings.validation_steps == 0):
                 look(step)
+            if step % settings.checkpoint_steps:
+                control.should_save = False  # the Trainer would write one more at the end
             next(self.bar, None)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:

@@ -64,8 +64,14 @@ def test_every_hardware_composes(hardware):
 
 @pytest.mark.parametrize("evaluation", options("evaluation"))
 def test_every_evaluation_builds_probes(evaluation):
-    parts = run.build(resolved(f"evaluation={evaluation}"))
+    engine = "vllm" if evaluation == "served" else "transformers"  # the one that it is for
+    parts = run.build(resolved(f"engine={engine}", f"evaluation={evaluation}"))
     assert {probe.stage for probe in parts.probes} <= {"evaluate", "time"}
+
+
+@pytest.mark.parametrize("engine", options("engine"))
+def test_every_engine_composes_and_builds(engine):
+    assert run.build(resolved(f"engine={engine}")).engine.name == engine
 
 
 @pytest.mark.parametrize("corpus", [name for name in options("corpus") if not name.startswith("text")])

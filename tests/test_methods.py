@@ -14,7 +14,7 @@ TOKENS = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(
 
 
 def method_of(name: str, *overrides: str):
-    return run.make(resolved(f"method={name}", "training=smoke", "problems.train=24", *overrides)["method"], "method")
+    return run.make(resolved(f"method={name}", "training=smoke", "problems.train=12", *overrides)["method"], "method")
 
 
 def unavailable(name: str) -> str:

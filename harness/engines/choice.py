@@ -25,7 +25,8 @@ DEFAULT = {"_target_": "harness.engines.choice.Transformers", "name": "transform
 class EngineChoice(Protocol):
     """How artifacts are run.
 
-    name: as in `engine=`. gives: what probes may ask for beyond scoring and decoding: "hidden states", "requests".
+    name: as in `engine=`. gives: what probes may ask for beyond scoring and decoding: "hidden states", "caches" (keys
+    and values within reach, ways to decode), "requests".
     dtype: arithmetic in the place of the hardware's; None leaves that.
     """
 
@@ -50,7 +51,7 @@ class Transformers:
     name: str = "transformers"
 
     dtype: ClassVar[None] = None
-    gives: ClassVar[frozenset[str]] = frozenset({"hidden states"})
+    gives: ClassVar[frozenset[str]] = frozenset({"hidden states", "caches"})
 
     def check_available(self) -> None:
         """Always there."""

@@ -178,8 +178,10 @@ class VLLMEngine:
         return self.facts["attention"]
 
     def kernels(self) -> str:
-        """What multiplies the matrices, and the activations' dtype: "dense matmul (vLLM 0.32.0), bfloat16"."""
-        return f"{self.facts['kernels']} (vLLM {self.facts['version']}), {self.facts['dtype']}"
+        """What multiplies, what attends, in which dtype: "dense matmul (vLLM 0.32.0), CPU_ATTN attention, bfloat16"."""
+        attention = f"{self.attention} attention" if self.attention else ""
+        parts = (f"{self.facts['kernels']} (vLLM {self.facts['version']})", attention, self.facts["dtype"])
+        return ", ".join(filter(None, parts))
 
     def prepare(self, mode: Mode, dtype: torch.dtype) -> None:
         """Nothing to do: vLLM has loaded the weights for one dtype. Raises ValueError for another one."""

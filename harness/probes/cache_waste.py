@@ -37,6 +37,7 @@ class CacheWaste:
 
     stage: ClassVar[Stage] = "time"
     compares: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"caches"})
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or self.longest < 1:

@@ -36,6 +36,7 @@ class ContextCost:
 
     stage: ClassVar[Stage] = "time"
     compares: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"caches"})
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

@@ -36,6 +36,7 @@ class DecodingGain:
 
     stage: ClassVar[Stage] = "time"
     compares: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"caches"})
 
     def __post_init__(self) -> None:
         for name, least in (("passages", 1), ("prompt_tokens", 1), ("new_tokens", 2)):

@@ -46,6 +46,7 @@ class StreamPerplexity:
 
     stage: ClassVar[Stage] = "evaluate"
     compares: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"caches"})
 
     def __post_init__(self) -> None:
         if self.window is not None and not 2 <= self.window <= self.tokens:

@@ -207,18 +207,21 @@ class BoundedLayer(DynamicLayer):
 
     def _placed(self, base: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys rotated to their places. Kept ones are there once for every distance that a new token has to them."""
-        shifts = self.shifts(base, length).unique()
-        device, kept = self.keys.device, self.kept_keys.shape[2]
-        places = (shifts[:, None] + torch.arange(kept)).flatten().to(device)
+        device, kept, end = self.keys.device, self.kept_keys.shape[2], base + length
+        shifts = self.shifts(base, length).unique() if length > 1 else torch.zeros(1, dtype=torch.long)
+        places = torch.arange(kept, device=device)
+        if len(shifts) > 1 or shifts[0]:
+            places = (shifts.to(device)[:, None] + places).flatten()
         copies = self.rotary.at(self.kept_keys.repeat(1, 1, len(shifts), 1), places)
-        end = base + length
-        window = self.rotary.at(self.keys, self._window_places(end).to(device))
+        window = self.rotary.at(self.keys, self._window_places(end, device))
         keys = torch.cat([copies, window], dim=2)
         return keys, torch.cat([self.kept_values.repeat(1, 1, len(shifts), 1), self.values], dim=2)
 
-    def _window_places(self, end: int) -> Tensor:
+    def _window_places(self, end: int, device: torch.device) -> Tensor:
         """Positions of the window when the newest token stands at end - 1: [tokens of the window]."""
-        return end - self.seen + self._window()
+        if not self.rule.kept or self.rule.kept[-1] < self.oldest:  # nothing is missing in the row
+            return torch.arange(end - self.keys.shape[2], end, device=device)
+        return (end - self.seen + self._window()).to(device)
 
     def _window(self) -> Tensor:
         """Places in the text of the tokens in the window."""

@@ -288,7 +288,10 @@ class AttachedDraft:
         """Guesses for one request."""
         from harness.engines.transformers import TransformersEngine
 
-        return ModelDrafter(TransformersEngine(engine.module.draft.model), choose)
+        inside = getattr(engine.module, "draft", None)
+        if inside is None:
+            raise RunError(f"{self.model} is no longer part of the model; put speculative_decoding last in the stack")
+        return ModelDrafter(TransformersEngine(inside.model), choose)
 
     def as_dict(self) -> dict[str, Any]:
         """Arguments that make it again."""
@@ -300,6 +303,8 @@ class SmallModel(nn.Module):
 
     config: fields of its configuration, `model_type` among them; model: None makes an empty one.
     """
+
+    is_another_model = True  # its blocks are not the target's
 
     def __init__(self, config: dict[str, Any], model: PreTrainedModel | None = None) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -34,7 +34,9 @@ def student_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[
     that are parts of one character share its end, and all but the last of them are empty.
     """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [end for _, end in found["offset_mapping"]]
+    offsets = found["offset_mapping"]
+    following = [end for _, end in offsets[1:]] + [len(text) + 1]
+    ends = [end if end < after else start for (start, end), after in zip(offsets, following, strict=True)]
     return found["input_ids"], list(pairwise([0, *accumulate(ends, max)]))
 
 

@@ -155,7 +155,7 @@ class Intervention:
         if not text:
             raise RunError(
                 f"{problem.question[:60]!r} comes without an explanation; choose a template of what these problems "
-                'have, for instance method.decoding.explanation="{facts}", or other problems'
+                "have, for instance 'method.decoding.explanation=\"{facts}\"', or other problems"
             )
         return text
 

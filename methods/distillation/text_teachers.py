@@ -31,6 +31,8 @@ from harness.problems import Problem
 from methods.distillation.sampling import distribution, draw
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from harness.method import Bench, LanguageModel
     from harness.models import ModelSource
 
@@ -195,6 +197,7 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def answers_file(bench: Bench) -> Path:
+    """Where the answers of live teachers are kept: between runs, where there is such a place."""
     return (bench.cache or bench.scratch) / "answers.sqlite"
 
 
@@ -252,9 +255,9 @@ class EngineTeacher:
                     sampling.top_logprobs,
                 )
                 for place, completion in zip(some, written, strict=True):
+                    pieces = pieces_of(lm.tokenizer, completion.ids) if completion.top else []
                     top = tuple(
-                        (lm.tokenizer.decode([own]), _by_text(lm, *likely))
-                        for own, likely in zip(completion.ids, completion.top, strict=False)
+                        (piece, _by_text(lm, *likely)) for piece, likely in zip(pieces, completion.top, strict=True)
                     )
                     finish = "stop" if completion.ended else "length"
                     yield place, Answer(completion.text, finish, len(encoded[place]), len(completion.ids), top)
@@ -267,6 +270,17 @@ def drawing(sampling: Sampling, uniforms: torch.Tensor) -> Callable[[torch.Tenso
         return draw(distribution(logits.float(), sampling), uniforms[:, step].to(logits.device))
 
     return choose
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text: of a character in several tokens, the last one has all."""
+    pieces, so_far = [], ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        whole = not text.endswith("\ufffd")  # the mark of a character that is not whole yet
+        pieces.append(text[len(so_far) :] if whole else "")
+        so_far = text if whole else so_far
+    return pieces
 
 
 def _by_text(lm: LanguageModel, ids: Sequence[int], scores: Sequence[float]) -> dict[str, float]:

@@ -38,6 +38,10 @@ CHOICES = ("bank", "library", "department store", "mall", "new york")
         ("choice", "So the answer is (b).", "library"),
         ("choice", "The mall or the bank? So the answer is the bank.", "bank"),
         ("choice", "So the answer is a river.", None),
+        ("choice", "So the answer is mall or (b) library.", None),  # has not decided
+        ("choice", "So the answer is the mall. The bank is closed.", "mall"),
+        ("choice", "So the answer is a large department store.", "department store"),
+        ("letter", "The answer is (A) or (B).", None),
         ("yes_no", "No, yes. So the answer is no.", "no"),
         ("yes_no", "Yes", "yes"),
         ("yes_no", "Noah knows", None),
@@ -175,6 +179,18 @@ def test_palm_on_anli_is_as_good_as_its_authors_code_says(split, right):
         lambda row: INFERENCES,
     )
     assert found == (right, 1000)
+
+
+@needs_data
+def test_palm_on_commonsense_qa_is_right_where_it_decides_for_the_right_choice():
+    found = share_right(
+        "distill_step_by_step/cqa_test.jsonl",
+        "choice",
+        lambda row: f"{row['palm_rationale']} So the answer is {row['palm_label']}.",
+        lambda row: row["answer"],
+        lambda row: row["choices"],
+    )
+    assert found == (955, 1221)
 
 
 @needs_data

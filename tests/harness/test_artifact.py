@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -97,3 +98,18 @@ def test_an_interrupted_save_leaves_the_old_model(trained, tmp_path, monkeypatch
         artifact.save(trained, folder)
     assert artifact.sha256(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_same_model_written_by_another_sweep_stays_where_it_is(trained, tmp_path):
+    """Its files may be being read; another model takes the place."""
+    artifact.save(trained, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.stat().st_ino
+    (tmp_path / "model.1.partial").mkdir()  # another process is writing, too
+    artifact.save(trained, tmp_path / "model")
+    assert file.stat().st_ino == before
+    with torch.no_grad():
+        trained.module.get_input_embeddings().weight.mul_(2)
+    artifact.save(trained, tmp_path / "model")
+    assert file.stat().st_ino != before
+    assert not list(tmp_path.glob(f"*.{os.getpid()}.partial"))

@@ -162,20 +162,19 @@ def test_layers_with_windows_of_their_own_are_decoded_in_plain_steps_and_the_row
     assert "plain steps" in captured.kernels()
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash", "flex_attention"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash"])
 def test_implementations_of_attention_agree_and_name_themselves(name):
     module, tokens = causal_model(), token_ids(2, 24)
     expected = TransformersEngine(module).score(tokens)
     engine = TransformersEngine(causal_model(), attention=name)
     torch.testing.assert_close(engine.score(tokens), expected, rtol=1e-4, atol=1e-4)
     assert f"{name} attention" in engine.kernels()
-    if name != "flex_attention":
-        generated = torch.stack(list(TransformersEngine(module).generate(tokens, 5)), dim=1)
-        mask = torch.ones(2, 24, dtype=torch.bool)
-        mask[0, :3] = False
-        assert torch.equal(torch.stack(list(engine.generate(tokens, 5)), dim=1), generated)
-        padded = torch.stack(list(TransformersEngine(module).generate(tokens, 5, mask)), dim=1)
-        assert torch.equal(torch.stack(list(engine.generate(tokens, 5, mask)), dim=1), padded)
+    generated = torch.stack(list(TransformersEngine(module).generate(tokens, 5)), dim=1)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[0, :3] = False
+    assert torch.equal(torch.stack(list(engine.generate(tokens, 5)), dim=1), generated)
+    padded = torch.stack(list(TransformersEngine(module).generate(tokens, 5, mask)), dim=1)
+    assert torch.equal(torch.stack(list(engine.generate(tokens, 5, mask)), dim=1), padded)
 
 
 def test_an_implementation_that_cannot_run_is_not_replaced():
@@ -195,3 +194,14 @@ def test_two_methods_cannot_put_in_the_same_part_of_the_engine():
     with pytest.raises(RunError, match="is eager already"):
         engine.changed(attention="sdpa")
     assert engine.changed(causal_model(seed=1)).attention == "eager"
+
+
+def test_a_machines_attention_is_the_methods_where_it_has_one():
+    from harness.environment import telling
+
+    engine = TransformersEngine(causal_model())
+    assert engine.on_hardware("eager", "plain").attention == "eager"
+    assert engine.changed(attention="sdpa_math").on_hardware("eager", "plain").attention == "sdpa_math"
+    older = {"name": "cpu", "threads": None}
+    assert telling(older | {"attention": None, "steps": "plain"}) == older
+    assert telling(older | {"attention": "eager"}) != older

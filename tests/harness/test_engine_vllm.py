@@ -208,7 +208,7 @@ def test_probes_measure_through_it(served, trained, trained_folder, tmp_path):
     assert by_name["reserved_bytes"].value == by_name["loaded_weight_bytes"].value + (1 << 20)
     assert "peak_memory_bytes" not in by_name
     assert all(m.value > 0 for m in found)
-    assert "dense matmul (vLLM 0.0), float32" in by_name["time_per_output_token_ms"].note
+    assert "dense matmul (vLLM 0.0), sdpa attention, float32" in by_name["time_per_output_token_ms"].note
     loads = [m for m in found if m.metric == "requests_per_second"]
     assert [m.on.split(", ")[1] for m in loads] == ["Poisson 20/s", "all at once"]
 
@@ -479,6 +479,7 @@ def embedded(tmp_path_factory):
         "dense": None,
         "W8A8": RoundToNearest(EightBitGrid("int"), InputGrid()),
         "W4": RoundToNearest(IntegerGrid(4, False, 64)),
+        "NF4": RoundToNearest(CodebookGrid("nf4", 4, 64)),
     }
     for name, method in methods.items():
         lm, _ = EmbeddedModel("smollm2-135m-gguf").load(default_cache(), "cpu", torch.float32)
@@ -496,6 +497,7 @@ def embedded(tmp_path_factory):
         ("dense", "float32", 1e-4),  # the same arithmetic in another order
         ("dense", "bfloat16", 0.01),  # every layer's outputs rounded to 8 bits of mantissa
         ("W4", "bfloat16", 0.01),
+        ("NF4", "bfloat16", 0.01),  # by way of its export in the layout of bitsandbytes
         # inputs in 8 bits as well: a token's loss moves by 0.2 nats either way when one input rounds differently
         ("W8A8", "bfloat16", 0.03),
     ],
@@ -504,6 +506,8 @@ def test_the_same_artifact_has_the_same_perplexity_in_both_engines(name, dtype, 
     """transformers in float32 against vLLM in what it serves; relative to perplexity."""
     if name == "W4" and "avx512f" not in _cpu_flags():
         pytest.skip("vLLM's product with 4-bit weights needs AVX-512 on a processor")
+    if name == "NF4" and "vllm-bnb-plugin" not in replace(FAKE, interpreter=PYTHON).versions():
+        pytest.skip("vLLM reads bitsandbytes with vllm-bnb-plugin, which is not installed beside it")
     root, tokens = embedded
     ours = artifact.load(root / name, "cpu", torch.float32)
     ours.engine.prepare("scoring", torch.float32)

@@ -190,7 +190,7 @@ def test_kl_divergence_is_gibbs_positive_and_asymmetric():
 def test_a_dense_model_has_no_kernel_divergence(tmp_path):
     found = measured(KernelDivergence(), language_model(), context(tmp_path, TEXT, decoding_dtype="bfloat16"))
     assert found["kernel_divergence"].value == 0.0
-    assert found["kernel_divergence"].note == "dense matmul, bfloat16"
+    assert found["kernel_divergence"].note == "dense matmul, sdpa attention, bfloat16"
 
 
 def test_both_perplexities_of_a_kernel_are_those_of_scoring(tmp_path):

@@ -120,6 +120,14 @@ def test_a_question_that_is_asked_is_never_taught(tmp_path):
     assert [problem.gold for problem in problems.read("train")] == [str(n) for n in range(50) if n % 5]
 
 
+def test_a_question_that_stands_twice_is_asked_once(tmp_path):
+    rows = [{"question": f"What is {n % 4}?", "answer": n % 4} for n in range(10)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    problems = TaskProblems("mine", "question_answer", "number", path, path)
+    assert [problem.gold for problem in problems.read("test")] == ["0", "1", "2", "3"]
+    assert list(problems.read("train")) == []
+
+
 def test_one_file_is_split_as_it_says_or_by_its_questions(tmp_path):
     rows = [{"question": f"What is {n}?", "answer": n} for n in range(200)]
     path = written(tmp_path / "rows.jsonl", rows)

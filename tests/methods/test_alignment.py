@@ -22,6 +22,7 @@ from methods.distillation.alignment import (
     spans_of_texts,
     student_tokens,
 )
+from methods.distillation.text_teachers import pieces_of
 
 TEXTS = [
     "The red cat near the river sees 3 + 4 = 7 birds.\n",
@@ -45,7 +46,7 @@ def trained_tokenizer(size: int) -> PreTrainedTokenizerFast:
 TOKENIZERS = {"bytes": byte_tokenizer(), "small": trained_tokenizer(290), "large": trained_tokenizer(420)}
 
 
-def pieces_of(tokenizer, text: str) -> list[str]:
+def cut(tokenizer, text: str) -> list[str]:
     _, spans = student_tokens(tokenizer, text)
     return [text[start:end] for start, end in spans]
 
@@ -74,7 +75,7 @@ def brute_force(teacher: list[str], student: list[str]) -> list[int | None]:
 @pytest.mark.parametrize(("one", "other"), itertools.product(TOKENIZERS, TOKENIZERS))
 @pytest.mark.parametrize("text", TEXTS)
 def test_partners_are_those_of_a_brute_force(one, other, text):
-    teacher, student = pieces_of(TOKENIZERS[one], text), pieces_of(TOKENIZERS[other], text)
+    teacher, student = cut(TOKENIZERS[one], text), cut(TOKENIZERS[other], text)
     found = by_offsets(spans_of_texts(teacher), spans_of_texts(student))
     assert found == brute_force(teacher, student)
     partners = [place for place in found if place is not None]
@@ -84,19 +85,19 @@ def test_partners_are_those_of_a_brute_force(one, other, text):
 def test_any_two_ways_to_cut_a_text_are_aligned_as_by_brute_force():
     draw = random.Random(0)
 
-    def cut(text: str) -> list[str]:
+    def anyhow(text: str) -> list[str]:
         marks = sorted(draw.sample(range(1, len(text)), draw.randint(0, len(text) - 1)))
         return [text[start:end] for start, end in itertools.pairwise([0, *marks, len(text)])]
 
     for _ in range(300):
         text = "".join(draw.choice("ab ") for _ in range(draw.randint(2, 12)))
-        teacher, student = cut(text), cut(text)
+        teacher, student = anyhow(text), anyhow(text)
         assert by_offsets(spans_of_texts(teacher), spans_of_texts(student)) == brute_force(teacher, student)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_one_tokenizer_is_aligned_with_itself_by_the_identity(name):
-    pieces = pieces_of(TOKENIZERS[name], TEXTS[0])
+    pieces = cut(TOKENIZERS[name], TEXTS[0])
     assert by_offsets(spans_of_texts(pieces), spans_of_texts(pieces)) == list(range(len(pieces)))
     assert by_warping(pieces, pieces) == list(range(len(pieces)))
 
@@ -129,7 +130,7 @@ def reported(tokenizer, text: str, alternatives=("e", "zq")) -> list[tuple[str, 
     """A teacher's tokens of a text, each with the same alternatives at 0.2 beside itself at 0.6."""
     return [
         (piece, {piece: math.log(0.6)} | {other: math.log(0.2) for other in alternatives if other != piece})
-        for piece in pieces_of(tokenizer, text)
+        for piece in cut(tokenizer, text)
     ]
 
 
@@ -165,6 +166,13 @@ def test_tokens_without_one_partner_are_learned_as_they_are(aligner):
     for own, partner, (some, chances) in zip(ids, partners, found[:-1], strict=True):
         if partner is None:
             assert (some, chances) == ([own], [1.0])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_teacher_reports_pieces_that_make_up_its_text_whatever_it_is_cut_into(name, text):
+    ids, spans = student_tokens(TOKENIZERS[name], text)
+    assert pieces_of(TOKENIZERS[name], ids) == [text[start:end] for start, end in spans]
 
 
 def test_a_stream_that_does_not_make_up_the_text_is_discarded():

@@ -343,7 +343,7 @@ def test_reading_examples_is_learned_and_works_on_new_tasks(bench):
         language=(1.0, 1.0),
         episodes=4000,
         shots=6,
-        training=TrainingSettings(steps=600, learning_rate=3e-3, batch_size=32, checkpoint_steps=1000),
+        training=TrainingSettings(steps=450, learning_rate=3e-3, batch_size=32, checkpoint_steps=1000),
     )
     asked = list(problems.read("test"))
     shape = {"initializer_range": 0.05, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}

@@ -33,6 +33,7 @@ from methods.architecture.speculative_decoding import (
     expected_speedup,
     expected_tokens,
 )
+from methods.blocks import decoder_blocks
 
 DRAFTS = [PromptLookup(3, 1), TruncatedDraft(2)]
 PROMPT = torch.cat([tiny_tokens(3, 8), tiny_tokens(3, 8)], dim=1)  # repeats itself, so that looking up finds something
@@ -305,6 +306,7 @@ def test_a_small_models_weights_are_saved_loaded_and_counted(trained, trained_fo
     assert torch.equal(generated(loaded.engine, tokens, 12), plain)
     assert loaded.engine.decoding.counts.guesses > 0
     assert "3 guesses by draft small" in loaded.engine.kernels()
+    assert decoder_blocks(loaded.module)[0] == "model.layers"  # whatever the size of the small model's
     small.engine.prepare("decoding", torch.float32)
     assert torch.equal(loaded.module.draft.model(tokens).logits, small.module(tokens).logits)
 

@@ -296,14 +296,14 @@ def test_a_run_that_was_killed_asks_nothing_twice(serve, bench):
         time.sleep(0.01)
     process.kill()
     process.join()
-    in_flight = server.bodies[-1]["messages"][0]["content"]
+    in_flight = {body["messages"][0]["content"] for body in server.bodies[-2:]}
     time.sleep(0.1)
     answers = asked(endpoint(parallel=1), None, bench, requests)
     assert [answer.text for (answer,) in answers] == [request.prompt.upper() for request in requests]
     prompts = [body["messages"][0]["content"] for body in server.bodies]
     twice = {prompt for prompt in prompts if prompts.count(prompt) > 1}
-    assert twice <= {in_flight}  # its answer had not arrived
-    assert len(prompts) <= 21
+    assert twice <= in_flight  # the last answer had not arrived, the one before was perhaps not on disk yet
+    assert len(prompts) <= 22
 
 
 def test_an_endpoint_without_address_or_model_says_so(bench, monkeypatch):
