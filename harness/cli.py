@@ -208,7 +208,7 @@ def _report(outcome: Outcome) -> None:
         print(f"{outcome.title}: {outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
     else:
         what = "already recorded" if outcome.status == "skipped" else "finished"
-        _say(f"{outcome.title}: {what}, {outcome.path}")
+        _say(f"{outcome.title}: {outcome.reason if outcome.path is None else f'{what}, {outcome.path}'}")
 
 
 def _table(outcomes: list[Outcome]) -> str:

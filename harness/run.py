@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -101,6 +102,8 @@ def run(
     Failures of a stage become a record with status "failed"; configuration errors leave none.
     """
     title = describe(config)
+    if int(os.environ.get("RANK", "0")):  # started by accelerate launch beside the process that writes
+        return _along(config, paths, title)
     try:
         wanted = identity(config)
         digest = digest_of(wanted)
@@ -140,6 +143,26 @@ def run(
     status = "finished" if record.status == "finished" else "failed"
     reason = record.failure.reason if record.failure else ""
     return Outcome(status, title, reason, record, path, reference.path if reference else None)
+
+
+def _along(config: dict[str, Any], paths: Paths, title: str) -> Outcome:
+    """Train with the process of rank 0, which alone measures and writes; nothing of this one is kept."""
+    try:
+        parts = build(config)
+        artifact = paths.scratch / "artifacts" / digest_of(compression_identity(identity(config)))
+        stages.run_stage(
+            "compress",
+            compress,
+            {"config": config, "cache": str(paths.cache), "artifact": str(artifact), "statistics": ""},
+            seconds_limit=parts.hardware.compress_seconds_limit,
+            threads=parts.hardware.thread_count,
+            log=paths.scratch / "logs" / f"rank-{os.environ['RANK']}.txt",
+        )
+    except ConfigError as error:
+        return Outcome("refused", title, str(error))
+    except stages.StageFailure as failure:
+        return Outcome("failed", title, failure.reason)
+    return Outcome("skipped", title, "trained along; the process of rank 0 writes the record")
 
 
 def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRecord:
@@ -406,9 +429,18 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     base, origin = parts.model.load(Path(cache), parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype))
     scratch = folder.with_name(folder.name + ".work")
     scratch.mkdir(parents=True, exist_ok=True)
-    learned = TrainingLog(scratch / "curves.jsonl")
+    beside = int(os.environ.get("RANK", "0")) > 0  # trains along and writes nothing, see _along
+    learned = TrainingLog(None if beside else scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
-    bench = Bench(parts.corpus, generator, scratch, TerminalProgress(), learned, Path(statistics), Path(cache))
+    bench = Bench(
+        parts.corpus,
+        generator,
+        scratch,
+        TerminalProgress(),
+        learned,
+        Path(statistics) if statistics else None,
+        Path(cache),
+    )
     on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -418,6 +450,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     provenance = parts.corpus.provenance(base.tokenizer)
+    if beside:
+        return {}
     artifacts.save(compressed, folder)
     shutil.rmtree(scratch, ignore_errors=True)  # only now: a killed run goes on from what it left there
     calibrates = config["card"].get("calibrates", True)
