@@ -202,7 +202,6 @@ def test_memory_goes_with_the_last_use_and_waits_for_no_collection():
         gc.enable()
 
 
-
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral"])
 def test_layers_that_forget_are_refused(architecture):
     with pytest.raises(ConfigError, match="models that attend to everything"):
