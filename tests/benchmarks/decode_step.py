@@ -1,7 +1,7 @@
 """How close decoding comes to reading every byte once: products alone, then whole steps, dense against packed weights.
 
     python tests/benchmarks/decode_step.py                         # a GPU, the shape of Llama-2-7B, a few minutes
-    python tests/benchmarks/decode_step.py --device cpu --model random-smollm2-135m --layers 2 --batches 1 --steps captured
+    python tests/benchmarks/decode_step.py --device cpu --model random-smollm2-135m --layers 2 --steps captured
 
 Prints a line a measurement and a table last. Random weights: times do not depend on the values, but inputs and weights
 are never zeros, on which some units run faster. Times are medians of device events; shares are of the read bandwidth
