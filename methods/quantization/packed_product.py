@@ -1,7 +1,7 @@
 """Products with packed weights on a GPU: codes of 2, 4 or 8 bits are read as they lie and become numbers on the chip.
 
 At batch 1 decoding reads every weight once for two operations, so its time is that of the bytes. The kernels read the
-codes once, 16 bytes a thread, and add in float32. A few rows of input take `_one_row`, one program for some outputs
+codes once, 16 bytes a thread, and add in float32. A few rows of input take `_few_rows`, one program for some outputs
 and all inputs; more rows fill a tensor core's tile (`_rows`); from DENSE_ROWS on, arithmetic costs more than bytes and
 one dense product of decoded weights is cheaper.
 
@@ -17,8 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 RUNS = (128, 64, 32)  # columns of a run, the longest that divides a group is taken
-ONE_ROW_LIMIT = 4  # rows of input up to which each is a product of its own
+FEW_ROWS = 8
 DENSE_ROWS = 128
+# rows of input -> rows, outputs and words of a tile, warps: the fastest of those tried on an H100
+FEW = {1: (1, 4, 512, 4), 2: (2, 4, 512, 4), 4: (4, 4, 256, 4), 8: (8, 2, 256, 4)}
+PARTS = 4  # programs that share the columns of a tile: without, too few run at once to hide what memory takes
 
 
 def run_columns(width: int) -> int | None:
@@ -35,46 +38,61 @@ def interleave(codes: Tensor, bits: int, run: int) -> Tensor:
 
 
 @triton.jit
-def _one_row(
+def _few_rows(
     x,
     words,
     scale,
     zero,
     y,
+    rows,
     outputs,
     ROW_WORDS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """y[m, n] = sum over k of x[m, k] (code[n, k] - zero[n, g]) scale[n, g], for one m and BLOCK_OUT n."""
+    """y[m, n] = sum over k of x[m, k] (code[n, k] - zero[n, g]) scale[n, g], for all m and BLOCK_OUT n.
+
+    A code needs no conversion: bits below the 24th of a float's pattern are the number they would be as an integer,
+    times 2^-149. Masked where they lie and multiplied by an input that was scaled up by as much, codes cost two
+    instructions each. It is exact for |x| < 2^27.
+    """
     PER_WORD: tl.constexpr = 32 // BITS
-    m = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    n_here = n < outputs
+    m = tl.arange(0, ROWS)
+    n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    m_here, n_here = m < rows, n < outputs
     row = n.to(tl.int64)[:, None] * ROW_WORDS
-    total = tl.zeros([BLOCK_OUT, BLOCK_WORDS], dtype=tl.float32)
+    total = tl.zeros([ROWS, BLOCK_OUT, BLOCK_WORDS], dtype=tl.float32)
     for start in range(0, ROW_WORDS, BLOCK_WORDS):
         i = start + tl.arange(0, BLOCK_WORDS)
         here = i < ROW_WORDS
         both = n_here[:, None] & here[None, :]
         word = tl.load(words + row + i[None, :], mask=both, other=0)
+        late = word >> 8
         place = n[:, None] * GROUPS + (i // GROUP_WORDS)[None, :]
         s = tl.load(scale + place, mask=both, other=0).to(tl.float32)
         z = tl.load(zero + place, mask=both, other=0).to(tl.float32)
-        first = m * ROW_WORDS * PER_WORD + (i // RUN) * (RUN * PER_WORD) + i % RUN
-        product = tl.zeros([BLOCK_OUT, BLOCK_WORDS], dtype=tl.float32)
-        inputs = tl.zeros([BLOCK_WORDS], dtype=tl.float32)
+        first = (i // RUN) * (RUN * PER_WORD) + i % RUN
+        inputs = x + m[:, None] * (ROW_WORDS * PER_WORD) + first[None, :]
+        product = tl.zeros([ROWS, BLOCK_OUT, BLOCK_WORDS], dtype=tl.float32)
+        summed = tl.zeros([ROWS, BLOCK_WORDS], dtype=tl.float32)
         for k in tl.static_range(PER_WORD):
-            value = tl.load(x + first + k * RUN, mask=here, other=0).to(tl.float32)
-            code = (word >> (BITS * k)) & ((1 << BITS) - 1)
-            product += code.to(tl.float32) * value[None, :]
-            inputs += value
-        total += s * (product - z * inputs[None, :])
-    tl.store(y + m * outputs + n, tl.sum(total, 1).to(y.dtype.element_ty), mask=n_here)
+            value = tl.load(inputs + k * RUN, mask=m_here[:, None] & here[None, :], other=0).to(tl.float32)
+            summed += value
+            if (k + 1) * BITS <= 24:
+                code = (word & (((1 << BITS) - 1) << (k * BITS))).to(tl.float32, bitcast=True)
+                lifted = value * 2.0 ** (100 - k * BITS)
+            else:
+                code = (late & (((1 << BITS) - 1) << (k * BITS - 8))).to(tl.float32, bitcast=True)
+                lifted = value * 2.0 ** (108 - k * BITS)
+            product += code[None, :, :] * lifted[:, None, :]
+        total += s[None, :, :] * (product * 2.0**49 - z[None, :, :] * summed[:, None, :])
+    place = m[:, None] * outputs + n[None, :]
+    tl.store(y + place, tl.sum(total, 2).to(y.dtype.element_ty), mask=m_here[:, None] & n_here[None, :])
 
 
 @triton.jit
@@ -94,16 +112,22 @@ def _rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The same for BLOCK_ROWS rows of inputs at once, on the matrix units; weights are rounded to x's dtype."""
+    """The same for BLOCK_ROWS rows of inputs at once, on the matrix units; weights are rounded to x's dtype.
+
+    Columns are shared out among PARTS programs, whose sums are added afterwards: y is [PARTS, M, N], float32.
+    """
+    PART_WORDS: tl.constexpr = tl.cdiv(tl.cdiv(ROW_WORDS, BLOCK_WORDS), PARTS) * BLOCK_WORDS
+    part = tl.program_id(2)
     PER_WORD: tl.constexpr = 32 // BITS
     m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     n = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m_here, n_here = m < rows, n < outputs
     row = n.to(tl.int64)[:, None] * ROW_WORDS
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], dtype=tl.float32)
-    for start in range(0, ROW_WORDS, BLOCK_WORDS):
-        i = start + tl.arange(0, BLOCK_WORDS)
+    for start in range(0, PART_WORDS, BLOCK_WORDS):
+        i = part * PART_WORDS + start + tl.arange(0, BLOCK_WORDS)
         here = i < ROW_WORDS
         both = n_here[:, None] & here[None, :]
         word = tl.load(words + row + i[None, :], mask=both, other=0)
@@ -117,7 +141,7 @@ def _rows(
             code = (word >> (BITS * k)) & ((1 << BITS) - 1)
             weight = ((code.to(tl.float32) - z) * s).to(value.dtype)
             total = tl.dot(value, tl.trans(weight), total)
-    place = m.to(tl.int64)[:, None] * outputs + n[None, :]
+    place = (part * rows + m).to(tl.int64)[:, None] * outputs + n[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=m_here[:, None] & n_here[None, :])
 
 
@@ -160,23 +184,24 @@ def packed_product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: 
     groups = scale.shape[1]
     run = run_columns(columns // groups) * bits // 32
     shape = (outputs, row_words, groups, row_words // groups)
-    y = x.new_empty(rows, outputs)
     x = x.contiguous()
     if rows >= DENSE_ROWS:
         dense = x.new_empty(outputs, columns)
         grid = (outputs, triton.cdiv(row_words, 256))
         _decode[grid](words, scale, zero, dense, *shape[1:], bits, run, 256)
         return x @ dense.t()
-    if rows <= ONE_ROW_LIMIT:
-        block = 4
-        grid = (rows, triton.cdiv(outputs, block))
-        wide = min(512, triton.next_power_of_2(row_words))
-        _one_row[grid](x, words, scale, zero, y, *shape, bits, run, block, wide, num_warps=4)
+    if rows <= FEW_ROWS:
+        y = x.new_empty(rows, outputs)
+        few, block, wide, warps = FEW[triton.next_power_of_2(rows)]
+        wide = min(wide, triton.next_power_of_2(row_words))
+        grid = (triton.cdiv(outputs, block),)
+        _few_rows[grid](x, words, scale, zero, y, rows, *shape, bits, run, few, block, wide, num_warps=warps)
         return y
     tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    grid = (triton.cdiv(rows, tile), triton.cdiv(outputs, 32))
-    _rows[grid](x, words, scale, zero, y, rows, *shape, bits, run, tile, 32, 32, num_warps=4, num_stages=3)
-    return y
+    sums = x.new_empty(PARTS, rows, outputs, dtype=torch.float32)
+    grid = (triton.cdiv(rows, tile), triton.cdiv(outputs, 32), PARTS)
+    _rows[grid](x, words, scale, zero, sums, rows, *shape, bits, run, tile, 32, 64, PARTS, num_warps=4, num_stages=3)
+    return sums.sum(0).to(x.dtype)
 
 
 @packed_product.register_fake
