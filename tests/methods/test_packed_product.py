@@ -19,9 +19,9 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("outputs", "columns", "width"), [(37, 256, 128), (16, 576, 64), (24, 576, 576), (8, 96, 32)])
-@pytest.mark.parametrize("rows", [1, 7, 20, packed_product.DENSE_ROWS])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize(("outputs", "columns", "width"), [(11, 256, 128), (5, 576, 576), (8, 96, 32)])
+@pytest.mark.parametrize("rows", [2, 20, packed_product.DENSE_ROWS])
 def test_products_are_those_of_the_decoded_weights(bits, outputs, columns, width, rows):
     if torch.cuda.is_available() and rows > packed_product.FEW_ROWS:
         pytest.skip("on a GPU tiles round weights to 16 bits: the next test")
