@@ -21,7 +21,8 @@ RUNS = (128, 64, 32)  # columns of a run, the longest that divides a group is ta
 PLANES = 4
 FEW_ROWS = 8
 DENSE_ROWS = 128
-FEW_TILE = (8, 128, 4)  # outputs, places, warps: the fastest of those tried on an H100
+# outputs, places, warps of a tile, with as many outputs or more: the fastest of those tried on an H100
+FEW_TILES = {8192: (8, 64, 1), 0: (8, 128, 2)}
 PARTS = 8  # programs that share the columns of a tile: without, too few run at once to hide what memory takes
 
 
@@ -202,7 +203,7 @@ def packed_product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: 
         return x @ dense.t()
     if rows <= FEW_ROWS:
         y = x.new_empty(rows, outputs)
-        block, wide, warps = FEW_TILE
+        block, wide, warps = next(tile for least, tile in FEW_TILES.items() if outputs >= least)
         grid = (rows, triton.cdiv(outputs, block))
         _few_rows[grid](x, words, scale, zero, y, outputs, *shape, block, wide, num_warps=warps)
         return y
