@@ -1,7 +1,6 @@
 """GPU kernels in Triton. Import this inside the function that launches one: Triton is not everywhere."""
 
 # Parameters in capitals are constants of the compiled kernel, as Triton's own code writes them.
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl
