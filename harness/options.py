@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from harness.errors import ConfigError
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 
 
@@ -32,3 +34,11 @@ def switched_on(options: dict[str, str], key: str, default: bool = False) -> boo
     if word not in YES + NO:
         raise ConfigError(f"{key}={word}: choose true or false")
     return word in YES
+
+
+def results_folder(options: dict[str, str]) -> Path:
+    """`paths.results`, absolute. Raises ConfigError where there is no such folder."""
+    folder = Path(options.get("paths.results", RESULTS)).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"paths.results={folder}: there is no such folder; run `python -m harness` first")
+    return folder

@@ -24,6 +24,7 @@ from harness.taxonomy import DENSE, placement, table_of_group
 if TYPE_CHECKING:
     import wandb
 
+PROJECT = "llm-inference-harness"  # as in conf/tracker/wandb.yaml
 MODES = ("offline", "online", "disabled")
 REACH_SECONDS = 5.0  # for one answer of the server before a run is logged offline instead
 OUTCOME_SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")  # what the paired tests read; no cached tensors

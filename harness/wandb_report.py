@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import tracking
 from harness.errors import ConfigError
-from harness.options import parsed
+from harness.options import parsed, results_folder
+from harness.records import RunRecord, read_records, write_json_atomically
+from harness.taxonomy import DENSE, TABLES, Group, Table, placement
+from harness.tracking import CURVE_STEP, TABLE, flat_config, flat_name, metric_name
 
 if TYPE_CHECKING:
     from wandb_workspaces.expr import FilterExpr
     from wandb_workspaces.reports.v2 import Runset
     from wandb_workspaces.reports.v2.interface import Panel
 
-    from harness.records import RunRecord
-    from harness.taxonomy import Table
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-PROJECT = "llm-inference-harness"  # as in conf/tracker/wandb.yaml
 TITLE = "LLM inference optimizations"
 SAME = (
     "model",
@@ -59,7 +58,7 @@ usage: python -m harness.wandb_report [OPTION=VALUE ...]
 
 options
   paths.results=DIR   where records/ is read (default: results)
-  project=NAME        where the runs are (default: {PROJECT})
+  project=NAME        where the runs are (default: {tracking.PROJECT})
   entity=NAME         the user or team (default: that of the key)
   title=TEXT          of the report (default: {TITLE})
   model=NAME[,NAME]   records of these models alone
@@ -84,8 +83,6 @@ class Shown:
 
     def key(self, metric: str) -> str:
         """The summary key of a metric: that of its protocol, or the plain one where rows differ in what it is on."""
-        from harness.tracking import flat_name, metric_name
-
         first = [found for record in self.records if (found := record.find(metric)) is not None]
         names = {metric_name(measurement) for measurement in first}
         return names.pop() if len(names) == 1 else flat_name(metric)
@@ -94,7 +91,6 @@ class Shown:
 def blocks_shown(records: Iterable[RunRecord]) -> list[Shown]:
     """Blocks of every table that has any, in print order."""
     from harness import tables
-    from harness.taxonomy import DENSE, TABLES
 
     shown = []
     records = list(records)
@@ -110,9 +106,7 @@ def _name(record: RunRecord) -> str:
     return str(record.card.get("name", ""))
 
 
-def _group(record: RunRecord) -> Any:
-    from harness.taxonomy import placement
-
+def _group(record: RunRecord) -> Group | None:
     return placement(_name(record), str(record.card.get("taxonomy", "")))
 
 
@@ -123,8 +117,6 @@ def same(shown: Shown) -> list[FilterExpr]:
     or a comparison in it would become another condition. Such a block is held by the ids of its records.
     """
     from wandb_workspaces.expr import Config
-
-    from harness.tracking import flat_config
 
     configs = [flat_config(record) for record in shown.records]
     found = {key: {config[key] for config in configs if config.get(key) is not None} for key in SAME}
@@ -141,8 +133,6 @@ def runsets(shown: Shown, where: dict[str, str]) -> list[Runset]:
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces.expr import And, Config
-
-    from harness.taxonomy import DENSE
 
     sets = []
     if any(_name(record) == DENSE.name for record in shown.records):
@@ -167,8 +157,6 @@ def quality(shown: Shown) -> str | None:
 def panels(shown: Shown) -> list[Panel]:
     """Bars of quality and latency, quality against size, latency and memory, learning curves: those with numbers."""
     import wandb_workspaces.reports.v2 as wr
-
-    from harness.tracking import CURVE_STEP
 
     loss = quality(shown)
     made: list[Panel] = []
@@ -221,8 +209,6 @@ def panels(shown: Shown) -> list[Panel]:
 
 def curves(shown: Shown) -> list[tuple[str, str]]:
     """Learning curves as (regular expression of names in W&B, title); those that differ in a number share a panel."""
-    from harness.tracking import flat_name
-
     found: dict[str, str] = {}
     for record in shown.records:
         for name, points in record.curves.items():
@@ -277,8 +263,6 @@ def report(shown: Sequence[Shown], entity: str, project: str, title: str, online
 def _all_numbers() -> Panel:
     import wandb_workspaces.reports.v2 as wr
 
-    from harness.tracking import TABLE
-
     return wr.WeavePanelSummaryTable(table_name=TABLE, layout=wr.Layout(x=0, y=0, w=2 * WIDTH, h=2 * HEIGHT))
 
 
@@ -287,8 +271,6 @@ def workspaces(shown: Sequence[Shown], entity: str, project: str) -> Iterator[An
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.expr import And, Config, Or
-
-    from harness.taxonomy import DENSE
 
     for table in dict.fromkeys(block.table for block in shown):
         block = max((b for b in shown if b.table is table), key=lambda b: len(b.records))
@@ -365,16 +347,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parsed(arguments, OPTIONS)
-        results = Path(options.get("paths.results", RESULTS)).absolute()
+        results = results_folder(options)
         shown = blocks_shown(_records(results, options.get("model", "")))
         _check_library()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    project, title = options.get("project", PROJECT), options.get("title", TITLE)
+    project, title = options.get("project", tracking.PROJECT), options.get("title", TITLE)
     if "spec" in options:
-        from harness.records import write_json_atomically
-
         place = Path(options["spec"])
         write_json_atomically(specification(shown, project, title, options.get("entity", "")), place)
         print(f"written: {place}")
@@ -383,10 +363,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _records(results: Path, models: str) -> list[RunRecord]:
-    from harness.records import read_records
-
-    if not results.is_dir():
-        raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
     try:
         records = [record for _, record in read_records(results)]
     except ValueError as error:
@@ -406,9 +382,6 @@ def _check_library() -> None:
 
 
 def _online(shown: Sequence[Shown], results: Path, entity: str | None, project: str, title: str) -> int:
-    from harness import tracking
-    from harness.records import write_json_atomically
-
     with tracking.quiet_environment(results):
         hindrance = tracking.obstacle()
         if hindrance:

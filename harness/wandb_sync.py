@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import tracking
 from harness.errors import ConfigError
-from harness.options import parsed, switched_on
+from harness.options import parsed, results_folder, switched_on
+from harness.records import read_records
 from harness.redaction import redact
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 HELP = """Upload W&B runs that were logged offline; refuse those whose files are missing, and name the files.
 
 usage: python -m harness.wandb_sync [OPTION=VALUE ...]
@@ -36,7 +37,6 @@ options
   from=records        log every record anew, online, instead of uploading what was logged offline
 """
 OPTIONS = ("paths.results", "project", "entity", "check", "from")
-PROJECT = "llm-inference-harness"  # as in conf/tracker/wandb.yaml
 READ_SECONDS, SYNC_SECONDS = 60, 600  # for one run
 READERS = 2  # runs read at a time
 
@@ -119,17 +119,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parsed(arguments, OPTIONS)
-        results = Path(options.get("paths.results", RESULTS)).absolute()
-        if not results.is_dir():
-            raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
+        results = results_folder(options)
         if options.get("from", "runs") not in ("runs", "records"):
             raise ConfigError(f"from={options['from']}: choose runs or records")
         checking = switched_on(options, "check")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from harness import tracking
-
     with tracking.quiet_environment(results):
         hindrance = "" if checking else tracking.obstacle()
         if hindrance:
@@ -172,10 +168,8 @@ def _from_runs(results: Path, options: dict[str, str], checking: bool) -> int:
 
 
 def _from_records(results: Path, options: dict[str, str]) -> int:
-    from harness.records import read_records
-    from harness.tracking import WandbTracker
-
-    tracker = WandbTracker(options.get("project", PROJECT), options.get("entity"), mode="online", group="from records")
+    project = options.get("project", tracking.PROJECT)
+    tracker = tracking.WandbTracker(project, options.get("entity"), mode="online", group="from records")
     places = [tracker.log(record, results) for _, record in read_records(results)]
     online = [place for place in places if place and place.startswith("http")]
     print("\n".join(online))

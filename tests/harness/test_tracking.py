@@ -18,6 +18,7 @@ from wandb_stand_in import StandIn
 from harness import tracking
 from harness.records import read_record
 from harness.tracking import NoTracker, WandbTracker, flat_config, metric_name, summary, tags
+from tests.test_conf import resolved
 
 WANDB_VARIABLES = [name for name in os.environ if name.startswith("WANDB_")]
 
@@ -318,6 +319,10 @@ def test_summary_has_every_number_under_a_name_of_its_own():
     assert name.startswith("perplexity_wikipedia_sample")
     assert QUICK.split()[-2] in name
     assert (numbers[f"{name}_low"], numbers[f"{name}_high"]) == run.find("perplexity").interval
+
+
+def test_the_default_project_is_that_of_the_configuration():
+    assert resolved()["tracker"]["project"] == tracking.PROJECT
 
 
 def test_tags_fit_wandb():
