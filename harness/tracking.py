@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PROJECT = "llm-inference-harness"  # as in conf/tracker/wandb.yaml
 MODES = ("offline", "online", "disabled")
+SLACK_SECONDS = 60.0  # beyond its own limits, before W&B's process counts as stuck and is killed
 REACH_SECONDS = 5.0  # for one answer of the server before a run is logged offline instead
 OUTCOME_SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")  # what the paired tests read; no cached tensors
 OUTCOME_BYTES_LIMIT = 50_000_000  # per run
@@ -104,14 +106,15 @@ class WandbTracker:
         return self._written(record, folder, "offline")
 
     def _written(self, record: RunRecord, folder: Path, mode: str) -> str:
-        run = self._start(record, folder, mode)
-        try:
-            _draw(run, record)
-            run.log({TABLE: _table(record)})
-            run.summary.update(summary(record))
-            _attach(run, record, folder)
-        finally:
-            run.finish(exit_code=0 if record.status == "finished" else 1)
+        with _ended_after(self.init_seconds + self.finish_seconds + SLACK_SECONDS):
+            run = self._start(record, folder, mode)
+            try:
+                _draw(run, record)
+                run.log({TABLE: _table(record)})
+                run.summary.update(summary(record))
+                _attach(run, record, folder)
+            finally:
+                run.finish(exit_code=0 if record.status == "finished" else 1)
         return run.url if mode == "online" else str(Path(run.dir).parent)
 
     def _start(self, record: RunRecord, folder: Path, mode: str) -> wandb.Run:
@@ -314,13 +317,37 @@ def _server() -> str:
     return wandb.setup().settings.base_url
 
 
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Kill the SDK's own process when this takes longer: a call that waits for it, for ever, then raises."""
+    timer = threading.Timer(seconds, _kill_service)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _kill_service() -> None:
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            if child.name().startswith("wandb-core"):
+                child.kill()
+
+
 def _let_go() -> None:
     """End the SDK's own process, which may be dead or stuck: the next run starts another."""
     import wandb
 
     try:
         wandb.teardown()
-    except Exception as error:  # what is dead cannot be told to end; it is forgotten all the same
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # what is dead cannot be told to end; the SDK may even exit with its status
         warn(f"W&B's process is gone ({type(error).__name__}: {error})")
 
 

@@ -40,17 +40,16 @@ def server(monkeypatch):
 
 
 def logged_elsewhere(
-    record_path: Path, results: Path, mode: str, before: str = "", times: int = 1, **environment: str
+    record_path: Path, results: Path, mode: str, before: str = "", times: int = 1, limits: str = "", **environment: str
 ) -> subprocess.CompletedProcess:
     """Log a record in a process of its own: the SDK keeps settings for as long as a process lives.
 
-    before: code that runs first; times: how often the record is logged.
+    before: code that runs first; times: how often the record is logged; limits: of the tracker, as arguments.
     """
     code = (
         "from pathlib import Path; from harness.records import read_record; from harness import tracking\n"
         f"{before}\n"
-        f"seconds = dict(init_seconds=1, finish_seconds=1); "
-        f"tracker = tracking.WandbTracker('project', mode={mode!r}, group='sweep-1', **seconds)\n"
+        f"tracker = tracking.WandbTracker('project', mode={mode!r}, group='sweep-1', {limits})\n"
         f"for _ in range({times}):\n"
         f"    print(tracker.log(read_record(Path({str(record_path)!r})), Path({str(results)!r})))"
     )
@@ -165,24 +164,25 @@ def test_online_without_an_answer_is_logged_offline_at_once(results, tmp_path):
 def test_broken_servers_are_waited_for_once_and_the_run_goes_on(tmp_path):
     """One is slow, one answers with errors, one with errors after the run began; all at once, to wait only once."""
     path = _write(record("gptq", 4), tmp_path)
-    faults = {
-        "context deadline exceeded": {"delay": 60},
-        "HTTP 500": {"broken": ("/graphql",)},
-        "Timed out finishing": {"broken": ("/file_stream",)},
-    }
+    faults = (
+        ({"delay": 60}, "init_seconds=1", "did not take it"),
+        ({"broken": ("/graphql",)}, "init_seconds=1", "did not take it"),
+        ({"broken": ("/file_stream",)}, "finish_seconds=1", "Timed out finishing"),
+    )
 
-    def log(fault: dict) -> subprocess.CompletedProcess:
+    def log(fault: dict, limits: str, reason: str) -> tuple[str, subprocess.CompletedProcess]:
         server = StandIn()
         vars(server).update(fault)
+        folder = tmp_path / str(server.server.server_port)
+        variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
         try:
-            variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-            return logged_elsewhere(path, tmp_path / str(server.server.server_port), "online", times=2, **variables)
+            return reason, logged_elsewhere(path, folder, "online", times=2, limits=limits, **variables)
         finally:
             server.stop()
 
     with ThreadPoolExecutor(len(faults)) as workers:
-        answers = dict(zip(faults, workers.map(log, faults.values()), strict=True))
-    for reason, done in answers.items():
+        answers = list(workers.map(log, *zip(*faults, strict=True)))
+    for reason, done in answers:
         assert done.returncode == 0
         assert done.stdout.count("offline-run") == 2
         first, second = done.stderr.splitlines()
@@ -190,24 +190,28 @@ def test_broken_servers_are_waited_for_once_and_the_run_goes_on(tmp_path):
         assert "failed before" in second
 
 
-def test_a_killed_service_is_a_warning_and_the_next_run_has_another(results, tmp_path):
-    """The SDK's process dies while a run is logged; nothing raises, here or when the program ends."""
-    killing = """
+@pytest.mark.parametrize("end", ["kill", "suspend"])
+def test_a_dead_or_stuck_service_is_a_warning_and_the_next_run_has_another(results, tmp_path, end):
+    """The SDK's process dies or hangs while a run is logged; nothing raises, here or when the program ends."""
+    breaking = f"""
 import psutil
-attach = tracking._attach
-def kill(*arguments):
-    tracking._attach = attach
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        child.kill()
-    psutil.wait_procs(children, 5)
+calls, attach = [], tracking._attach
+def broken(*arguments):  # the second time; the process is up by then, and is waited for no longer than it must
+    calls.append(arguments)
+    tracking.SLACK_SECONDS = 0 if len(calls) == 1 else 60
+    for child in psutil.Process().children() if len(calls) == 2 else ():
+        child.{end}()
     attach(*arguments)
-tracking._attach = kill
+tracking._attach = broken
 """
-    done = logged_elsewhere(_write(record("gptq", 4), tmp_path), results, "offline", before=killing, times=2)
+    limits = "init_seconds=1, finish_seconds=1"
+    done = logged_elsewhere(
+        _write(record("gptq", 4), tmp_path), results, "offline", before=breaking, times=3, limits=limits
+    )
     assert done.returncode == 0
-    lost, kept = done.stdout.splitlines()
+    whole, lost, kept = done.stdout.splitlines()
     assert lost == "None"
+    assert whole != kept
     assert inspect(kept)["state"] == "finished"
     assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
     assert "is not in W&B" in done.stderr
