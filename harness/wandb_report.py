@@ -32,14 +32,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Panel
 
 TITLE = "LLM inference optimizations"
-SAME = (
-    "model",
-    "hardware",
-    "machine",
-    "engine",
-    "perplexity_on",
-    "accuracy_on",
-)  # what runs of one block have in common
+SAME = ("model", "hardware", "machine", "engine", "perplexity_on", "accuracy_on")  # in all runs of one block
 PLAIN = re.compile(r"[^'\"\\<>=\s]+(?: [^'\"\\<>=\s]+)*")  # a value that is safe inside an expression
 COLUMNS = (
     "config:method.value",
