@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.redaction import redacted
+
 SCHEMA = 1
 
 Better = Literal["lower", "higher"]
@@ -91,8 +93,8 @@ class RunRecord:
 
 
 def to_json(record: RunRecord) -> dict[str, Any]:
-    """The record as plain JSON values. NaN and infinity are not numbers JSON has: they become null."""
-    return _finite(asdict(record))
+    """The record as plain JSON values, secrets masked. NaN and infinity are not numbers JSON has: they become null."""
+    return redacted(_finite(asdict(record)))
 
 
 def from_json(data: dict[str, Any]) -> RunRecord:
