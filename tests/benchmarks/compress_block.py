@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections import defaultdict
@@ -116,8 +117,8 @@ def method_of(name: str, arguments: argparse.Namespace) -> Any:
 class StopWatch:
     """A Progress that notes the seconds between one item and the next, synchronised."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, []
+    def __init__(self, device: str, first_is_done: Callable[[], None]) -> None:
+        self.device, self.seconds, self.first_is_done = device, [], first_is_done
 
     def track(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
         last = now(self.device)
@@ -126,6 +127,8 @@ class StopWatch:
             # what brings the item home again runs when the next one is asked for, and is counted with that one
             self.seconds.append((here := now(self.device)) - last)
             last = here
+            if len(self.seconds) == 1 and total != 1:
+                self.first_is_done()
 
 
 def now(device: str) -> float:
@@ -141,6 +144,8 @@ class Parts:
 
     device: str
     spans: list[list] = field(default_factory=list)  # [part, start, end, index of the span around it]
+    peaks: dict[str, int] = field(default_factory=dict)  # most bytes of device memory that a part saw
+    _counted: int = 0  # index of the first span that counts
     _open: list[int] = field(default_factory=list)
     _restore: list[tuple[Any, str, Any]] = field(default_factory=list)
 
@@ -151,16 +156,29 @@ class Parts:
         event.record()
         return event
 
+    def see_peak(self) -> None:
+        """Count the peak since the last look to the part that is running."""
+        if self.device == "cuda":
+            part = self.spans[self._open[-1]][0] if self._open else "other"
+            self.peaks[part] = max(self.peaks.get(part, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def count_from_here(self) -> None:
+        """Leave out what was timed so far: the first block compiles kernels and pins memory."""
+        self._counted = len(self.spans)
+
     def wrap(self, part: str, owner: Any, name: str) -> None:
         original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             index = len(self.spans)
+            self.see_peak()
             self.spans.append([part, self.mark(), None, self._open[-1] if self._open else None])
             self._open.append(index)
             try:
                 return original(*args, **kwargs)
             finally:
+                self.see_peak()
                 self._open.pop()
                 self.spans[index][2] = self.mark()
 
@@ -170,7 +188,7 @@ class Parts:
     def __enter__(self) -> Parts:
         self.wrap("forward", Block, "__call__")
         self.wrap("moments", Moments, "add")
-        self.wrap("factor", curvature, "_factor_backwards")
+        self.wrap("factor", curvature, "_factor_in_order")
         for file in (gptq_file, sparsegpt_file):
             self.wrap("sweep", file, "sweep_columns")
         self.wrap("search", AWQ, "search_scale")
@@ -212,7 +230,7 @@ class Parts:
             if around is not None:
                 own[around] -= seconds
         sums: dict[str, float] = defaultdict(float)
-        for (part, *_), seconds in zip(self.spans, own, strict=True):
+        for (part, *_), seconds in list(zip(self.spans, own, strict=True))[self._counted :]:
             sums[part] += seconds
         return dict(sums)
 
@@ -220,29 +238,32 @@ class Parts:
 def run_method(name: str, arguments: argparse.Namespace, blocks: int, windows: Tensor) -> dict[str, Any]:
     """Compress a fresh model and report."""
     module = random_model(arguments, blocks)
-    watch = StopWatch(arguments.device)
+    parts = Parts(arguments.device)
+    watch = StopWatch(arguments.device, parts.count_from_here)
     base = LanguageModel(module, None, None, torch.bfloat16)
     bench = Bench(Windows(windows), torch.Generator().manual_seed(0), Path("."), watch, device=on_device(arguments))
     forget(arguments.device)
     held = torch.cuda.memory_allocated() if arguments.device == "cuda" else 0
     started = now(arguments.device)
-    with Parts(arguments.device) as parts:
+    with parts:
         method_of(name, arguments).compress(base, bench)
     total = now(arguments.device) - started
-    totals = parts.totals()
+    parts.see_peak()
+    totals, steady = parts.totals(), watch.seconds[1:] or watch.seconds
     report = {
         "method": name,
         "blocks": blocks,
-        "seconds_per_block": statistics.median(watch.seconds[1:] or watch.seconds),
+        "seconds_per_block": statistics.median(steady),
         "first_block_seconds": watch.seconds[0],
         "block_seconds": watch.seconds,
         "total_seconds": total,
         "outside_blocks_seconds": total - sum(watch.seconds),
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if arguments.device == "cuda" else None,
+        "peak_gib": max(parts.peaks.values()) / GIB if parts.peaks else None,
+        "peak_gib_of_parts": {part: peak / GIB for part, peak in parts.peaks.items()},
         "held_before_gib": held / GIB,
-        "parts_seconds_per_block": {part: totals.get(part, 0.0) / blocks for part in PARTS},
+        "parts_seconds_per_block": {part: totals.get(part, 0.0) / len(steady) for part in PARTS},  # not of the first
     }
-    report["parts_seconds_per_block"]["other"] = sum(watch.seconds) / blocks - sum(
+    report["parts_seconds_per_block"]["other"] = statistics.mean(steady) - sum(
         report["parts_seconds_per_block"].values()
     )
     del module, base
@@ -624,20 +645,23 @@ def run_peer(name: str, arguments: argparse.Namespace, blocks: int, windows: Ten
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
-    module = random_model(arguments, blocks)
-    if arguments.device == "cuda":
-        module = module.to("cuda")
+    module = random_model(arguments, blocks)  # in host memory, from where `oneshot` takes each block to the GPU
     examples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
     forget(arguments.device)
-    started = now(arguments.device)
-    oneshot(
-        model=module,
-        dataset=DataLoader(examples, batch_size=1),
-        recipe=peer_recipe(name, arguments),
-        num_calibration_samples=len(windows),
-        max_seq_length=windows.shape[1],
-    )
-    seconds = now(arguments.device) - started
+    with tempfile.TemporaryDirectory() as folder:
+        module.config.save_pretrained(folder)
+        module.config.name_or_path = folder  # where `oneshot` looks whether the model is compressed already
+        started = now(arguments.device)
+        oneshot(
+            model=module,
+            processor=object(),  # there is no text to cut into tokens
+            dataset=DataLoader(examples, batch_size=1),
+            recipe=peer_recipe(name, arguments),
+            num_calibration_samples=len(windows),
+            max_seq_length=windows.shape[1],
+            pipeline="sequential",
+        )
+        seconds = now(arguments.device) - started
     peak = torch.cuda.max_memory_allocated() / GIB if arguments.device == "cuda" else None
     return {"method": name, "seconds_per_block": seconds / blocks, "peak_gib": peak, "total_seconds": seconds}
 
