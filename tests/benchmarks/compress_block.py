@@ -25,6 +25,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -291,24 +292,28 @@ def floors(arguments: argparse.Namespace, name: str) -> dict[str, float]:
     h, i, t = arguments.hidden, arguments.intermediate, arguments.window
     n = arguments.samples * t
     kv = h * (arguments.key_value_heads or arguments.heads) // arguments.heads
-    weights = {"qkv": h * (h + 2 * kv), "o": h * h, "gate_up": 2 * h * i, "down": h * i}
     attention = 2 * n * t * h  # scores and mixing, half of each below the diagonal
-    whole = 2 * n * sum(weights.values()) + attention
-    up_to_down = whole - 2 * n * weights["down"]
-    widths = (h, h, h, i)
-    moments = sum(n * c * c for c in widths)  # half of a square product is enough
+    # what a pass adds from the input of one group of linears to that of the next: operations, and channels that are
+    # written once and read once; the last ends at the block's output
+    stretches = [
+        (0, h),
+        (2 * n * h * (h + 2 * kv) + attention, 2 * h + 2 * kv),
+        (2 * n * h * h, 2 * h),
+        (2 * n * 2 * h * i, 3 * i),
+        (2 * n * h * i, h),
+    ]
+    up_to = [tuple(map(sum, zip(*stretches[: end + 1], strict=True))) for end in range(len(stretches))]
+    passes = [up_to[4]] if name == "awq" else [up_to[3], up_to[4]]
+    if name == "gptq" and arguments.sequential == "linear":
+        passes = up_to
+    moments = sum(n * c * c for c in (h, h, h, i))  # half of a square product is enough
     rows = ((h + 2 * kv, h), (h, h), (2 * i, h), (h, i))
     solve = sum(r * c * c + 4 * c**3 / 3 for r, c in rows)  # updates; Cholesky and inverse
-    flops = {
-        "gptq": up_to_down + whole + moments + solve,
-        "sparsegpt": up_to_down + whole + moments + solve,
-        "awq": whole + moments + 20 * sum(r * c * c for r, c in rows),
-        "wanda": up_to_down + whole,
-    }[name]
-    # every input and output of a linear written and read once, hidden states in and out; weights are small beside it
-    activations = 2 * n * (h + (h + 2 * kv) + h + h + h + 2 * i + i + h)
-    passes = 1 if name == "awq" else 2
-    return {"tflop": flops / 1e12, "gigabytes": 2 * passes * activations / 1e9}
+    search = 20 * sum(r * c * c for r, c in rows)
+    beside = {"gptq": moments + solve, "sparsegpt": moments + solve, "awq": moments + search, "wanda": 0}[name]
+    flops, channels = (sum(part) for part in zip(*passes, strict=True))
+    # weights are small beside the activations
+    return {"tflop": (flops + beside) / 1e12, "gigabytes": 2 * 2 * n * channels / 1e9}
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -711,7 +716,13 @@ def main() -> None:
     arguments = parser.parse_args()
     skipped = arguments.skip.split(",")
     print(machine(arguments), flush=True)
-    report: dict[str, Any] = {"machine": machine(arguments), "arguments": vars(arguments), "methods": [], "peer": []}
+    report: dict[str, Any] = {
+        "machine": machine(arguments),
+        "date": datetime.now(UTC).date().isoformat(),
+        "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
+        "methods": [],
+        "peer": [],
+    }
     failures: list[str] = []
     if "checks" not in skipped:
         checks = check_pieces(arguments)
@@ -737,7 +748,7 @@ def main() -> None:
             failures.append(f"{side} {name}: {type(error).__name__}: {str(error)[:200]}")
         forget(arguments.device)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     print_table(report, arguments)
     for line in failures:
         print(f"FAILED {line}")
@@ -748,11 +759,12 @@ def machine(arguments: argparse.Namespace) -> str:
     import transformers
 
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {' '.join(sys.argv[1:])}"
+    options = " ".join(sys.argv[1:]).replace(f"--json {arguments.json}", "").strip()  # a folder of this machine
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {options}"
 
 
 def print_table(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """A line for each run: seconds a block, peak, parts in milliseconds a block, floors."""
+    """A line for each run: seconds a block, peak, parts in milliseconds a block, floors; where the peak is."""
     columns = (*PARTS, "other")
     print("\n" + report["machine"])
     print(
@@ -769,6 +781,9 @@ def print_table(report: dict[str, Any], arguments: argparse.Namespace) -> None:
             f"{run['first_block_seconds']:6.2f} {run['total_seconds']:6.1f} {peak:>6} {PEER_GIB[name] / 2:6.2f}  "
             f"{parts} {floor['tflop']:7.1f} {floor['gigabytes']:6.1f}"
         )
+        if run.get("peak_gib_of_parts"):
+            where = sorted(run["peak_gib_of_parts"].items(), key=lambda item: -item[1])
+            print("  peak GiB while in " + ", ".join(f"{part} {peak:.2f}" for part, peak in where))
         if run["blocks"] == arguments.whole:
             print(
                 f"  {run['blocks']} blocks: {run['total_seconds']:.1f} s of compress (at most {WHOLE_SECONDS} for 32)"
