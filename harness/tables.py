@@ -307,6 +307,52 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
     )
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a row of a table says of its record besides the numbers.
+
+    bits: as `_widths` has it; sparsity: as asked for, "" without; group: None for a system that the survey has not.
+    """
+
+    name: str
+    title: str
+    bits: str
+    sparsity: str
+    group: Group | None
+    hardware: str
+    machine: str
+    engine: str
+    dense: bool
+    collapsed: bool
+
+
+def describe(record: RunRecord) -> Description:
+    """The record in the words of the tables, for whatever shows records in another way."""
+    sparsity = _sparsity(record)
+    return Description(
+        name=_name(record),
+        title=_title(record),
+        bits=_widths(record),
+        sparsity="" if sparsity is None else str(sparsity),
+        group=_group(record),
+        hardware=_hardware_name(record),
+        machine=_machine(record),
+        engine=_engine_name(record),
+        dense=_name(record) == DENSE.name,
+        collapsed=_collapsed(record),
+    )
+
+
+def in_print_order(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Dense first, then as in the survey; the order of the rows of `block_of`."""
+    return sorted(records, key=_order)
+
+
+def block_of(records: Iterable[RunRecord]) -> Block:
+    """Records that may be compared as one block, whatever their family, without headings between the rows."""
+    return _block(list(records))
+
+
 def _name(record: RunRecord) -> str:
     return str(record.card.get("name", ""))
 
@@ -883,7 +929,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         names, options = parse(arguments)
         records, broken = _read_all(Path(options.get("paths.results", RESULTS)))
-        records = _chosen(records, options)
+        records = chosen(records, options)
         folder = Path(options.get("paths.results", RESULTS)) / "tables"
         strict = options.get("strict", "false").lower() == "true"
         for name in names:
@@ -908,17 +954,18 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            _known(key.lstrip("+"), OPTIONS, "option")
+            check_name(key.lstrip("+"), OPTIONS, "option")
             options[key.lstrip("+")] = value
         else:
-            _known(argument, [*known, "all"], "table")
+            check_name(argument, [*known, "all"], "table")
             names += known if argument == "all" else [argument]
     if not names:
         raise ConfigError(f"no table named: choose from {', '.join([*known, 'all'])}")
     return list(dict.fromkeys(names)), options
 
 
-def _known(name: str, choices: Sequence[str], what: str) -> None:
+def check_name(name: str, choices: Sequence[str], what: str) -> None:
+    """Raise ConfigError, with the nearest of the choices, for a name that is none of them."""
     if name not in choices:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), choices, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -938,11 +985,12 @@ def _read_all(results: Path) -> tuple[list[RunRecord], list[str]]:
     return records, broken
 
 
-def _chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:
+def chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:
+    """Records of the models and hardware that the options name. Raises ConfigError for a name that none has."""
     for key, of in (("model", lambda r: r.model), ("hardware", _hardware_name)):
         wanted = [name for name in options.get(key, "").split(",") if name]
         for name in wanted:
-            _known(name, sorted({of(record) for record in records}), key)
+            check_name(name, sorted({of(record) for record in records}), key)
         records = [record for record in records if not wanted or of(record) in wanted]
     return records
 

@@ -1,0 +1,340 @@
+"""Records → what the page shows, as plain JSON values: everything that depends on records and not on a browser.
+
+Whatever repeats from run to run (settings, versions, workloads) stands once, in `shared`, and runs hold its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from harness import markup, tables
+from harness.curve_plot import LEAST_POINTS
+from harness.errors import ConfigError
+from harness.records import Measurement, RunRecord, read_record
+from harness.report.axes import Axis, axes_of, fronts
+from harness.scaling_plot import METRICS, points_of
+from harness.table_formats import Block, Cell
+
+PUBLISHED = "published"
+DIGITS = 6  # of numbers on the page; records have all
+MOST_STEPS = 200  # of a learning curve
+BANDWIDTH = re.compile(r"at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
+
+
+@dataclass
+class Shared:
+    """Values that are kept once: text made fit to be shown, and whole sections of a configuration."""
+
+    values: list[Any] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def place(self, value: Any) -> int:
+        """Where the value stands in `values`."""
+        key = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+        if key not in self.places:
+            self.places[key] = len(self.values)
+            self.values.append(shown(value))
+        return self.places[key]
+
+
+def shown(value: Any) -> Any:
+    """JSON values whose text has no control or direction characters; numbers are left alone."""
+    if isinstance(value, dict):
+        return {markup.plain(str(key)): shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shown(item) for item in value]
+    return markup.plain(value) if isinstance(value, str) else value
+
+
+def rounded(value: float) -> float:
+    """DIGITS significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read_folders(results: Path) -> tuple[dict[str, list[RunRecord]], list[str]]:
+    """Records by the folder they are in (of a sweep, a machine), and why the others could not be read.
+
+    Published results below a user's own are left out: they are read where `results` names them.
+    Raises ConfigError where there is no folder or no record.
+    """
+    if not results.is_dir():
+        raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
+    folders: dict[str, list[RunRecord]] = {}
+    broken = []
+    known = _Known()
+    for home in sorted(results.glob("**/records")):
+        inside = home.relative_to(results).parts
+        if inside[0] == PUBLISHED or "records" in inside[:-1]:
+            continue
+        for path in sorted(home.glob("*/*.json")):
+            try:
+                folders.setdefault("/".join(inside[:-1]), []).append(known.slim(read_record(path)))
+            except ValueError as error:
+                broken.append(str(error))
+    if not folders and not broken:
+        raise ConfigError(
+            f"{results} holds no records; run `python -m harness`, or read the published ones with "
+            f"paths.results=results/{PUBLISHED}"
+        )
+    return folders, broken
+
+
+@dataclass
+class _Known:
+    """Sections and texts seen before. Ten thousand records say much the same: it is kept in memory once."""
+
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    def slim(self, record: RunRecord) -> RunRecord:
+        config = {key: self._once(section) for key, section in record.config.items() if key != "card"}
+        environment = {key: self._once(section) for key, section in record.environment.items()}
+        measurements = [
+            Measurement(**{f.name: self._text(getattr(m, f.name)) for f in fields(m)}) for m in record.measurements
+        ]
+        return replace(
+            record,
+            config=config,
+            card=self._once(record.card),
+            environment=environment,
+            measurements=measurements,
+            command=self._text(record.command),
+            curves={name: _thinned(points) for name, points in record.curves.items()},
+        )
+
+    def _once(self, section: Any) -> Any:
+        return self.sections.setdefault(json.dumps(section, sort_keys=True, default=str), section)
+
+    def _text(self, value: Any) -> Any:
+        return self.sections.setdefault(value, value) if isinstance(value, str) else value
+
+
+def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """At most about MOST_STEPS points, the last one among them."""
+    every = -(-len(points) // MOST_STEPS)
+    return [*points[: len(points) - 1 : every], *points[-1:]] if every > 1 else list(points)
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def page_data(folders: dict[str, list[RunRecord]], broken: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything on the page. `comparisons` hold runs that may be compared; nothing is drawn across two of them."""
+    shared = Shared()
+    runs: list[dict[str, Any]] = []
+    comparisons = []
+    scaling = []
+    for folder, records in folders.items():
+        places: dict[str, int] = {}
+        blocks = sorted(tables.comparable(records), key=len, reverse=True)
+        for block in blocks:
+            ordered = tables.in_print_order(block)
+            comparisons.append({"folder": folder, **_comparison(ordered, len(runs), shared)})
+            places |= {record.id: len(runs) + k for k, record in enumerate(ordered)}
+            runs += [_run(record, folder, shared) for record in ordered]
+        scaling += _scaling(records, folder, places)
+    _tell_apart(comparisons)
+    return {
+        "comparisons": comparisons,
+        "runs": runs,
+        "scaling": scaling,
+        "broken": [markup.plain(reason) for reason in broken],
+        "shared": shared.values,
+    }
+
+
+def _comparison(records: list[RunRecord], first: int, shared: Shared) -> dict[str, Any]:
+    """One block: its table, axes, non-dominated sets. Runs are numbered from `first`."""
+    block = tables.block_of(records)
+    references = frozenset(record.id for record in records if tables.describe(record).dense)
+    axes = axes_of(records, references)
+    return {
+        "title": markup.plain(block.title),
+        "first": first,
+        "count": len(records),
+        "protocol": [markup.plain(line) for line in block.protocol],
+        "table": _table(block),
+        "axes": [_axis(axis) for axis in axes],
+        "fronts": {
+            f"{loss},{cost}": [first + k for k in front]
+            for (loss, cost), front in fronts(records, axes, references).items()
+        },
+        "environments": _environments(records, first, shared),
+    }
+
+
+def _tell_apart(comparisons: list[dict[str, Any]]) -> None:
+    """Comparisons of one title and folder get the first line of their protocol that the others have not."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for comparison in comparisons:
+        alike.setdefault((comparison["folder"], comparison["title"]), []).append(comparison)
+    for same in alike.values():
+        for comparison in same:
+            others = [line for other in same if other is not comparison for line in other["protocol"]]
+            own = [line for line in comparison["protocol"] if len(same) > 1 and line not in others]
+            comparison["apart"] = own[0] if own else ""
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {f.name: getattr(axis, f.name) for f in fields(axis)} | {"on": markup.plain(axis.on or "")}
+
+
+def _table(block: Block) -> dict[str, Any]:
+    return {
+        "heads": [markup.plain(head) for head in block.heads],
+        "arrows": list(block.arrows),
+        "words": sorted(block.words),
+        "rows": [[_cell(cell) for cell in row.cells] for row in block.rows],
+        "signs": [markup.plain(sign) for sign in block.signs],
+        "notes": [markup.plain(note) for note in block.notes],
+    }
+
+
+def _cell(cell: Cell) -> list[Any]:
+    """[value, interval, sign, bold, notes], without what is empty at the end."""
+    parts = [markup.plain(cell.value), markup.plain(cell.interval), cell.sign, int(cell.bold), list(cell.notes)]
+    while parts and not parts[-1]:
+        parts.pop()
+    return parts
+
+
+def _run(record: RunRecord, folder: str, shared: Shared) -> dict[str, Any]:
+    about = tables.describe(record)
+    run: dict[str, Any] = {
+        "id": record.id,
+        "folder": folder,
+        "method": about.name,
+        "title": about.title,
+        "bits": about.bits,
+        "sparsity": about.sparsity,
+        "family": about.group.title if about.group else str(record.card.get("taxonomy") or "other"),
+        "dense": about.dense,
+        "collapsed": about.collapsed,
+        "failed": [record.failure.stage, record.failure.reason] if record.failure else [],
+        "command": record.command,
+        "started": record.started,
+        "finished": record.finished,
+        "baseline": record.baseline or "",
+        "artifact": str(record.artifact.get("sha256") or ""),
+        "paper": str(record.card.get("paper") or ""),
+    }
+    run = {key: value for key, value in shown(run).items() if value}
+    run["config"] = {key: shared.place(section) for key, section in record.config.items() if section is not None}
+    run["environment"] = {key: shared.place(section) for key, section in record.environment.items() if section}
+    run["measurements"] = [_measurement(m, shared) for m in record.measurements]
+    curves = {
+        markup.plain(name): [[rounded(x), rounded(y)] for x, y in points]
+        for name, points in record.curves.items()
+        if len(points) >= LEAST_POINTS
+    }
+    batches, contexts = _latencies(record)
+    run |= {"curves": curves} if curves else {}
+    run |= {"batches": batches} if batches else {}
+    run |= {"contexts": contexts} if contexts else {}
+    return run
+
+
+def _measurement(m: Measurement, shared: Shared) -> list[Any]:
+    """[metric, on, value, unit, note, low, high], without what is missing at the end; text is a place in `shared`."""
+    texts = [shared.place(text) for text in (m.metric, m.on, m.unit, m.note)]
+    value = None if m.value is None else rounded(m.value)
+    ends = [rounded(end) for end in m.interval] if m.interval else []
+    return [texts[0], texts[1], value, texts[2], texts[3], *ends]
+
+
+def _environments(records: Iterable[RunRecord], first: int, shared: Shared) -> list[dict[str, Any]]:
+    """Machines, versions and commits that the runs were made with, each with the number of its runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        parts = {key: record.environment.get(key) for key in ("machine", "versions", "source", "threads")}
+        parts = {key: shared.place(part) for key, part in parts.items() if part}
+        entry = found.setdefault(json.dumps(parts), {**parts, "count": 0})
+        entry["count"] += 1
+    return sorted(found.values(), key=lambda entry: -entry["count"])
+
+
+# ------------------------------------------------------------------------------------------------------ latency
+
+
+def _latencies(record: RunRecord) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Milliseconds per output token by batch and by context: [workload, size, ms, low, high, least].
+
+    least: what reading every weight and cached byte once would take at the machine's own read bandwidth, or None.
+    """
+    batches, contexts = [], []
+    for m in record.measurements:
+        if m.value is None:
+            continue
+        if m.metric == "time_per_output_token_ms" and (found := re.match(r"batch (\d+), (.*)", m.on)):
+            share = record.value("decode_roofline_fraction", m.on)
+            batches.append(_latency(m, found[2], found[1], share and share * m.value))
+        elif m.metric == "context_output_token_ms" and (found := re.match(r"(batch \d+), context (\d+), (.*)", m.on)):
+            contexts.append(_latency(m, f"{found[1]}, {found[3]}", found[2], _least_ms(record, m.on)))
+    return batches, contexts
+
+
+def _latency(m: Measurement, workload: str, size: str, least: float | None) -> list[Any]:
+    low, high = m.interval or (m.value, m.value)
+    numbers = [rounded(number) for number in (m.value, low, high)]
+    return [markup.plain(workload), int(size), *numbers, least and rounded(least)]
+
+
+def _least_ms(record: RunRecord, on: str) -> float | None:
+    """Milliseconds to read the weights and the cache of this context once; None where a number is missing."""
+    roofline = record.find("decode_roofline_fraction")
+    bandwidth = BANDWIDTH.search(roofline.note) if roofline else None
+    weights, cache = record.value("loaded_weight_bytes"), record.value("context_cache_bytes", on)
+    if bandwidth is None or weights is None or cache is None:
+        return None
+    return (weights + cache) / (float(bandwidth[1]) * 1e9) * 1e3
+
+
+# ------------------------------------------------------------------------------------------------------ scaling
+
+
+def _scaling(records: Sequence[RunRecord], folder: str, places: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Quality against total model bits: one entry for each machine, metric and protocol. Models share a plot."""
+    kept = [r for r in records if r.value("stored_bytes") is not None]
+    by_machine: dict[tuple[str, str], list[RunRecord]] = {}
+    for record in kept:
+        about = tables.describe(record)
+        by_machine.setdefault((about.hardware, about.machine), []).append(record)
+    for (hardware, machine), of_machine in by_machine.items():
+        for metric, label in METRICS.items():
+            protocols = dict.fromkeys(m.on for r in of_machine for m in r.measurements if m.metric == metric)
+            for protocol in protocols:
+                measured = [r for r in of_machine if r.value(metric, protocol) is not None]
+                try:
+                    types, dense, on, _ = points_of([_only(r, metric, protocol) for r in measured], metric)
+                except ConfigError:
+                    continue  # no data type was measured in this way
+                yield {
+                    "folder": folder,
+                    "title": markup.plain(f"{label}: {on}; {hardware}, {machine}"),
+                    "metric": label,
+                    "points": [
+                        [
+                            places.get(point.record, -1),
+                            markup.plain(f"{point.line}, {point.model}" if one else f"Dense, {point.model}"),
+                            point.width,
+                            point.bits,
+                            rounded(point.value),
+                            *(rounded(end) for end in point.interval or (point.value, point.value)),
+                            int(not one),
+                        ]
+                        for one, points in ((True, types), (False, dense))
+                        for point in points
+                    ],
+                }
+
+
+def _only(record: RunRecord, metric: str, on: str) -> RunRecord:
+    """The record without other protocols of this metric."""
+    return replace(record, measurements=[m for m in record.measurements if m.metric != metric or m.on == on])
