@@ -70,6 +70,8 @@ class RunRecord:
     measurements: list[Measurement] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)  # learning curves: [[step, value], ...]
+    layer_errors: dict[str, float] = field(default_factory=dict)  # linear -> relative weight error, see layer_errors
+    layer_output_errors: dict[str, float] = field(default_factory=dict)  # linear -> relative error of what it puts out
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: dict[str, Any] = field(default_factory=dict)  # path, bytes, sha256
     failure: Failure | None = None
@@ -92,7 +94,11 @@ class RunRecord:
 
 def to_json(record: RunRecord) -> dict[str, Any]:
     """The record as plain JSON values. NaN and infinity are not numbers JSON has: they become null."""
-    return _finite(asdict(record))
+    values = asdict(record)
+    for name in ("layer_errors", "layer_output_errors"):  # a dense model, and every older record, has none
+        if not values[name]:
+            del values[name]
+    return _finite(values)
 
 
 def from_json(data: dict[str, Any]) -> RunRecord:
