@@ -68,12 +68,11 @@ def write_report(results: Path, output: Path, options: dict[str, str], command: 
     from harness.tables import chosen
 
     library = plotting_library()
-    folders, broken = read_folders(results)
-    kept = chosen([record for records in folders.values() for record in records], options)
-    ids = set(map(id, kept))
-    folders = {folder: [r for r in records if id(r) in ids] for folder, records in folders.items()}
-    write_text_atomically(page(page_data(folders, broken), command, library), output)
-    return broken
+    found = read_folders(results)
+    kept = set(map(id, chosen([record for records in found.folders.values() for record in records], options)))
+    found.folders = {folder: [r for r in records if id(r) in kept] for folder, records in found.folders.items()}
+    write_text_atomically(page(page_data(found), command, library), output)
+    return found.broken
 
 
 if __name__ == "__main__":

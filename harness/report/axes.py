@@ -102,14 +102,17 @@ def axes_of(records: Sequence[RunRecord], references: frozenset[str]) -> list[Ax
 
 
 def fronts(
-    records: Sequence[RunRecord], axes: Sequence[Axis], references: frozenset[str]
+    records: Sequence[RunRecord], axes: Sequence[Axis], references: frozenset[str], collapsed: frozenset[str]
 ) -> dict[tuple[int, int], list[int]]:
     """The non-dominated set for each pair of a loss and a cost: places in `axes` -> places in `records`.
 
+    references, collapsed: ids; what collapsed is no choice, however little it costs.
     Of more than MOST_POINTS records, for the first loss and the first cost of each kind alone.
     """
+    absent = (np.nan,) * 3
     drawn = np.array(
-        [[axis.drawn(r, r.id in references) or (np.nan,) * 3 for axis in axes] for r in records], dtype=np.float64
+        [[(r.id not in collapsed and axis.drawn(r, r.id in references)) or absent for axis in axes] for r in records],
+        dtype=np.float64,
     ).reshape(len(records), len(axes), 3)
     pairs = list(_pairs(axes, first_alone=len(records) > MOST_POINTS))
     return {pair: np.flatnonzero(_front(drawn[:, pair])).tolist() for pair in pairs}

@@ -51,7 +51,7 @@ function rowsOf({ x, y, series }) {
     return { ...point, x: clamp(point.x, x.domain), y: clamp(point.y, y.domain),
       xl: clamp(point.xl ?? point.x, x.domain), xh: clamp(point.xh ?? point.x, x.domain),
       yl: clamp(point.yl ?? point.y, y.domain), yh: clamp(point.yh ?? point.y, y.domain),
-      colour: one.colour, shape: one.shape, fill: point.hollow ? 0 : 1, size: one.shape === STAR ? 110 : 62,
+      colour: one.colour, shape: one.shape, fill: point.hollow ? 0 : 1, size: one.shape === STAR ? 110 : one.size ?? 62,
       tag: [point.tag, out && `${out}${short(point.y)}`, aside && `${aside}${short(point.x)}`].filter(Boolean).join(" ") };
   }));
 }
@@ -84,7 +84,7 @@ function axis(one, theme, count) {
   const scale = { type: one.scale, domain: one.domain, nice: false, ...(one.scale !== "log" && { zero: false }), ...(one.base && { base: one.base }),
     ...(one.scale === "symlog" && { constant: one.constant }) };
   const values = one.values ?? (one.scale === "symlog" ? symlogTicks(one.domain, one.constant) : undefined);
-  return { type: "quantitative", scale, title: one.title, axis: { format: one.format ?? "~g", tickCount: count, labelOverlap: true,
+  return { type: "quantitative", scale, title: one.title, axis: { format: one.format ?? ".6~g", tickCount: count, labelOverlap: "greedy",
     labelSeparation: 4, grid: true, gridOpacity: 0.45, ...(values && { values }) } };
 }
 

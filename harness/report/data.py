@@ -5,12 +5,15 @@ Whatever repeats from run to run (settings, versions, workloads) stands once, in
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from harness import markup, tables
 from harness.curve_plot import LEAST_POINTS
@@ -59,32 +62,68 @@ def rounded(value: float) -> float:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def read_folders(results: Path) -> tuple[dict[str, list[RunRecord]], list[str]]:
+@dataclass
+class Found:
     """Records by the folder they are in (of a sweep, a machine), and why the others could not be read.
+
+    layers: errors of the linears by folder and id, packed; the records themselves have none, and thinned curves.
+    """
+
+    folders: dict[str, list[RunRecord]] = field(default_factory=dict)
+    layers: dict[tuple[str, str], Layers] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Relative errors of linears, `packed` in the order of the names."""
+
+    names: list[str]
+    weights: str
+    outputs: str
+
+
+def read_folders(results: Path) -> Found:
+    """All records in `records` folders in and below `results`.
 
     Published results below a user's own are left out: they are read where `results` names them.
     Raises ConfigError where there is no folder or no record.
     """
     if not results.is_dir():
         raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
-    folders: dict[str, list[RunRecord]] = {}
-    broken = []
+    found = Found()
     known = _Known()
     for home in sorted(results.glob("**/records")):
         inside = home.relative_to(results).parts
         if inside[0] == PUBLISHED or "records" in inside[:-1]:
             continue
+        folder = "/".join(inside[:-1])
         for path in sorted(home.glob("*/*.json")):
             try:
-                folders.setdefault("/".join(inside[:-1]), []).append(known.slim(read_record(path)))
+                record = read_record(path)
             except ValueError as error:
-                broken.append(str(error))
-    if not folders and not broken:
+                found.broken.append(str(error))
+                continue
+            found.folders.setdefault(folder, []).append(known.slim(record))
+            if record.layer_errors:
+                found.layers[folder, record.id] = known.layers(record)
+    if not found.folders and not found.broken:
         raise ConfigError(
             f"{results} holds no records; run `python -m harness`, or read the published ones with "
             f"paths.results=results/{PUBLISHED}"
         )
-    return folders, broken
+    return found
+
+
+def packed(values: Iterable[float | None]) -> str:
+    """Numbers from 1e-12 to 1e53 in two bytes each, within 0.12 %, as base64: thousands a record would be the page.
+
+    A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for a value that is not there.
+    """
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.clip(np.rint(1000 * (12 + np.log10(numbers))), 0, 65534)
+    return base64.b64encode(np.where(np.isnan(numbers), 65535, codes).astype("<u2").tobytes()).decode()
 
 
 @dataclass
@@ -107,7 +146,14 @@ class _Known:
             measurements=measurements,
             command=self._text(record.command),
             curves={name: _thinned(points) for name, points in record.curves.items()},
+            layer_errors={},
+            layer_output_errors={},
         )
+
+    def layers(self, record: RunRecord) -> Layers:
+        names = list(record.layer_errors)
+        outputs = [record.layer_output_errors.get(name) for name in names]
+        return Layers(self._once(names), packed(record.layer_errors.values()), packed(outputs))
 
     def _once(self, section: Any) -> Any:
         return self.sections.setdefault(json.dumps(section, sort_keys=True, default=str), section)
@@ -125,27 +171,27 @@ def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
 # ------------------------------------------------------------------------------------------------------ the page
 
 
-def page_data(folders: dict[str, list[RunRecord]], broken: Sequence[str] = ()) -> dict[str, Any]:
+def page_data(found: Found) -> dict[str, Any]:
     """Everything on the page. `comparisons` hold runs that may be compared; nothing is drawn across two of them."""
     shared = Shared()
     runs: list[dict[str, Any]] = []
     comparisons = []
     scaling = []
-    for folder, records in folders.items():
+    for folder, records in found.folders.items():
         places: dict[str, int] = {}
         blocks = sorted(tables.comparable(records), key=len, reverse=True)
         for block in blocks:
             ordered = tables.in_print_order(block)
             comparisons.append({"folder": folder, **_comparison(ordered, len(runs), shared)})
             places |= {record.id: len(runs) + k for k, record in enumerate(ordered)}
-            runs += [_run(record, folder, shared) for record in ordered]
+            runs += [_run(record, folder, found.layers.get((folder, record.id)), shared) for record in ordered]
         scaling += _scaling(records, folder, places)
     _tell_apart(comparisons)
     return {
-        "comparisons": comparisons,
+        "comparisons": shown(comparisons),
         "runs": runs,
-        "scaling": scaling,
-        "broken": [markup.plain(reason) for reason in broken],
+        "scaling": shown(scaling),
+        "broken": shown(found.broken),
         "shared": shared.values,
     }
 
@@ -153,18 +199,21 @@ def page_data(folders: dict[str, list[RunRecord]], broken: Sequence[str] = ()) -
 def _comparison(records: list[RunRecord], first: int, shared: Shared) -> dict[str, Any]:
     """One block: its table, axes, non-dominated sets. Runs are numbered from `first`."""
     block = tables.block_of(records)
-    references = frozenset(record.id for record in records if tables.describe(record).dense)
+    about = {record.id: tables.describe(record) for record in records}
+    references, collapsed = (
+        frozenset(id for id, described in about.items() if getattr(described, kind)) for kind in ("dense", "collapsed")
+    )
     axes = axes_of(records, references)
     return {
-        "title": markup.plain(block.title),
+        "title": block.title,
         "first": first,
         "count": len(records),
-        "protocol": [markup.plain(line) for line in block.protocol],
+        "protocol": list(block.protocol),
         "table": _table(block),
         "axes": [_axis(axis) for axis in axes],
         "fronts": {
             f"{loss},{cost}": [first + k for k in front]
-            for (loss, cost), front in fronts(records, axes, references).items()
+            for (loss, cost), front in fronts(records, axes, references, collapsed).items()
         },
         "environments": _environments(records, first, shared),
     }
@@ -183,29 +232,29 @@ def _tell_apart(comparisons: list[dict[str, Any]]) -> None:
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    return {f.name: getattr(axis, f.name) for f in fields(axis)} | {"on": markup.plain(axis.on or "")}
+    return {f.name: getattr(axis, f.name) for f in fields(axis)} | {"on": axis.on or ""}
 
 
 def _table(block: Block) -> dict[str, Any]:
     return {
-        "heads": [markup.plain(head) for head in block.heads],
+        "heads": list(block.heads),
         "arrows": list(block.arrows),
         "words": sorted(block.words),
         "rows": [[_cell(cell) for cell in row.cells] for row in block.rows],
-        "signs": [markup.plain(sign) for sign in block.signs],
-        "notes": [markup.plain(note) for note in block.notes],
+        "signs": list(block.signs),
+        "notes": list(block.notes),
     }
 
 
 def _cell(cell: Cell) -> list[Any]:
     """[value, interval, sign, bold, notes], without what is empty at the end."""
-    parts = [markup.plain(cell.value), markup.plain(cell.interval), cell.sign, int(cell.bold), list(cell.notes)]
+    parts = [cell.value, cell.interval, cell.sign, int(cell.bold), list(cell.notes)]
     while parts and not parts[-1]:
         parts.pop()
     return parts
 
 
-def _run(record: RunRecord, folder: str, shared: Shared) -> dict[str, Any]:
+def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) -> dict[str, Any]:
     about = tables.describe(record)
     run: dict[str, Any] = {
         "id": record.id,
@@ -225,20 +274,22 @@ def _run(record: RunRecord, folder: str, shared: Shared) -> dict[str, Any]:
         "artifact": str(record.artifact.get("sha256") or ""),
         "paper": str(record.card.get("paper") or ""),
     }
-    run = {key: value for key, value in shown(run).items() if value}
+    run = {key: value for key, value in run.items() if value}
     run["config"] = {key: shared.place(section) for key, section in record.config.items() if section is not None}
     run["environment"] = {key: shared.place(section) for key, section in record.environment.items() if section}
-    run["measurements"] = [_measurement(m, shared) for m in record.measurements]
-    curves = {
-        markup.plain(name): [[rounded(x), rounded(y)] for x, y in points]
-        for name, points in record.curves.items()
-        if len(points) >= LEAST_POINTS
-    }
     batches, contexts = _latencies(record)
-    run |= {"curves": curves} if curves else {}
-    run |= {"batches": batches} if batches else {}
-    run |= {"contexts": contexts} if contexts else {}
-    return run
+    parts = {
+        "curves": {
+            name: [[rounded(x), rounded(y)] for x, y in points]
+            for name, points in record.curves.items()
+            if len(points) >= LEAST_POINTS
+        },
+        "batches": batches,
+        "contexts": contexts,
+        "layers": [shared.place(layers.names), layers.weights, layers.outputs] if layers else [],
+    }
+    run |= {key: part for key, part in parts.items() if part}
+    return shown(run) | {"measurements": [_measurement(m, shared) for m in record.measurements]}
 
 
 def _measurement(m: Measurement, shared: Shared) -> list[Any]:
@@ -283,7 +334,7 @@ def _latencies(record: RunRecord) -> tuple[list[list[Any]], list[list[Any]]]:
 def _latency(m: Measurement, workload: str, size: str, least: float | None) -> list[Any]:
     low, high = m.interval or (m.value, m.value)
     numbers = [rounded(number) for number in (m.value, low, high)]
-    return [markup.plain(workload), int(size), *numbers, least and rounded(least)]
+    return [workload, int(size), *numbers, least and rounded(least)]
 
 
 def _least_ms(record: RunRecord, on: str) -> float | None:
@@ -317,12 +368,12 @@ def _scaling(records: Sequence[RunRecord], folder: str, places: dict[str, int]) 
                     continue  # no data type was measured in this way
                 yield {
                     "folder": folder,
-                    "title": markup.plain(f"{label}: {on}; {hardware}, {machine}"),
+                    "title": f"{label}: {on}; {hardware}, {machine}",
                     "metric": label,
                     "points": [
                         [
                             places.get(point.record, -1),
-                            markup.plain(f"{point.line}, {point.model}" if one else f"Dense, {point.model}"),
+                            f"{point.line if one else 'Dense'}, {point.model}",
                             point.width,
                             point.bits,
                             rounded(point.value),

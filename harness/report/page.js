@@ -7,7 +7,7 @@ const KINDS = [["bits", "Against bits"], ["latency", "Against latency"], ["memor
 const MOST_DRAWN = 1500; // points of one plot; the non-dominated ones are always drawn
 const MOST_TAGS = 40; // points of one plot that carry their bits
 const MARKS = 12; // points of a learning curve that can be hovered
-const WIDTHS = [1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 32]; // ticks of an axis of bits
+const WIDTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]; // ticks of an axis of bits
 const ROWS = 100; // of a table at a time
 
 const byId = (id) => document.getElementById(id);
@@ -322,13 +322,14 @@ function latencyFigures(comparison, field, heading, label) {
     const facets = familiesOf(all).map((family) => {
       const some = [...dense, ...all.filter((run) => !run.dense && run.family === family)];
       const names = some.map(named);
+      const styleOf = (name, n) => n < dense.length ? referenceLook() : look(n - dense.length);
       return facet(family, distinct(names), (styles, hidden) => ({
         ...hooks, x, y, description: `${family}: time per output token against ${label}, ${some.length} runs`,
         series: some.filter((run) => !hidden.has(named(run))).flatMap((run) => {
-          const style = run.dense ? { ...styles.get(named(run)), ...referenceLook() } : styles.get(named(run));
+          const style = styles.get(named(run));
           const mine = points.filter((p) => p.run === run.place).sort((a, b) => a.x - b.x);
           return [{ ...style, points: mine, path: mine }, { ...style, points: [], dash: [3, 3], path: mine.filter((p) => p.least).map((p) => ({ x: p.x, y: p.least })) }];
-        }) }));
+        }) }), styleOf);
     });
     return figure(heading, [], `Time per output token, ms, median with 95 % interval — ${workload}. Both axes are logarithmic.`, facets, () => [
       ["run", label, "ms per output token", "roofline, ms"], points.map((p) => [named(runs[p.run]), number(p.x), withInterval({ value: p.y, low: p.yl, high: p.yh }), p.least ? number(p.least) : ""]), [1, 2, 3]]);
@@ -349,7 +350,7 @@ function linesFigure(title, caption, lines, x, y, numbers) {
     const some = lines.filter(({ run }) => run.family === family);
     return facet(family, distinct(some.map(({ name }) => name)), (styles, hidden) => ({
       ...hooks, x, y, description: `${family}: ${title}, ${some.length} lines`,
-      series: some.filter(({ name }) => !hidden.has(name)).map(({ name, path, points, dash }) => ({ ...styles.get(name), dash, path, points })) }));
+      series: some.filter(({ name }) => !hidden.has(name)).map(({ name, path, points, dash }) => ({ ...styles.get(name), size: 30, dash, path, points })) }));
   });
   return figure(title, [], caption, facets, numbers);
 }
@@ -369,7 +370,7 @@ function curveFigure(comparison, title, names) {
       const points = path.filter((_, k) => k % every === 0 || k === path.length - 1).map((p) => told(run, p, `${name} at step ${p.x}: ${number(p.y)}`));
       return { run, name: named(run), path, points };
     });
-    return linesFigure(name, `${name} by step, ${all.length} runs.`, lines, x, y, () => [["run", "first", "last", "steps"],
+    return linesFigure(name, `${name} by step, ${all.length} runs. What a loss is made of differs from method to method: courses compare, heights may not.`, lines, x, y, () => [["run", "first", "last", "steps"],
       all.map((run) => [named(run), number(run.curves[name][0][1]), number(run.curves[name].at(-1)[1]), number(run.curves[name].at(-1)[0])]), [1, 2, 3]]);
   }
   const ends = all.flatMap((run) => names.filter((name) => run.curves[name]).map((name) => ({ run, name, layer: Number(name.match(NUMBERS).at(-1)), first: run.curves[name][0][1], last: run.curves[name].at(-1)[1] })));
@@ -383,6 +384,40 @@ function curveFigure(comparison, title, names) {
   }));
   return linesFigure(title, `${title}: the value at the last step, and dashed at the first, against the number that the * stands for. ${all.length} runs.`, lines, x, y, () => [
     ["run", "curve", "first", "last"], ends.map((end) => [named(end.run), end.name, number(end.first), number(end.last)]), [2, 3]]);
+}
+
+const LAYER = /^(.*?)\b(\d+)\.(.*)$/; // what stands before the number of the block, the number, the linear
+const ALL_LINEARS = "mean of a block's linears";
+
+/** Relative errors of a run's linears, see `packed` in data.py: [{ block, linear, value }]. */
+function layerErrors(run, which) {
+  const [names, ...codes] = run.layers;
+  const bytes = Uint8Array.from(atob(codes[which]), (letter) => letter.charCodeAt(0));
+  return shared[names].map((name, k) => {
+    const code = bytes[2 * k] + 256 * bytes[2 * k + 1], [, , block, linear] = name.match(LAYER) ?? [null, "", k, name];
+    return { block: Number(block), linear, value: code === 65535 ? NaN : code ? 10 ** (code / 1000 - 12) : 0 };
+  }).filter(({ value }) => !Number.isNaN(value));
+}
+
+function layersFigure(comparison, which, linear) {
+  const title = which ? "error of what a layer puts out" : "error of a layer's weights";
+  const lines = members(comparison).filter((run) => run.layers).map((run) => {
+    const blocks = groupBy(layerErrors(run, which).filter((error) => linear === ALL_LINEARS || error.linear === linear), ({ block }) => block);
+    const path = [...blocks].sort(([a], [b]) => a - b).map(([block, errors]) => ({ x: block, y: errors.reduce((sum, { value }) => sum + value, 0) / errors.length }));
+    return { run, name: named(run), path, points: path.map((p) => {
+      const what = `block ${p.x}, ${linear}: ${title} ${number(p.y)}`;
+      return { ...p, run: run.place, lines: [what], says: `${named(run)}. ${what}` };
+    }) };
+  }).filter(({ path }) => path.length);
+  if (!lines.length) return null;
+  const all = lines.flatMap(({ path }) => path);
+  const x = { title: "decoder block", scale: "linear", domain: domainOf(all.map((p) => p.x), { scale: "linear" }) };
+  const y = { title: "‖error‖² ÷ ‖original‖²", scale: "log", domain: domainOf(all.map((p) => p.y), { scale: "log" }) };
+  return linesFigure(`${title}: ${linear}`, `Relative ${title}, ‖error‖² ÷ ‖original‖², by decoder block (${linear}), on a logarithmic axis; 0 is unchanged, 1 as wrong as zeros. ${lines.length} runs.`,
+    lines, x, y, () => [["run", "least", "greatest", "in block"], lines.map(({ name, path }) => {
+      const worst = path.reduce((a, b) => b.y > a.y ? b : a);
+      return [name, number(Math.min(...path.map((p) => p.y))), number(worst.y), String(worst.x)];
+    }), [1, 2, 3]]);
 }
 
 function scalingFigure(law) {
@@ -411,13 +446,20 @@ function scalingFigure(law) {
 
 // ------------------------------------------------------------------------------------------------ tables
 
-const sortKey = (text) => { const value = parseFloat(text.replace(/[^\d.eE+-]/g, "")); return Number.isNaN(value) || /^[A-Za-z]/.test(text) ? text : value; };
-const empty = (key) => key === "" || key === undefined;
-const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+/** What a cell is sorted by: its text in a column of words, else its number ("W4A8": 4), where "failed" has none. */
+const sortKey = (text, words) => {
+  if (words || !text) return text || null;
+  const found = /^W?(-?[\d,]+(\.\d+)?(e[+-]?\d+)?)(?!:)/i.exec(text);
+  return found ? Number(found[1].replaceAll(",", "")) : null;
+};
+const compare = (a, b) => typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
 
 /** A table that sorts by its heads and is filtered by words, by family, and by what collapsed.
  *  columns: { head, words, wide }; rows: { cells: [{ text, node }], run }. */
-function sortable(host, caption, columns, rows) {
+function sortable(host, caption, allColumns, allRows) {
+  const used = allColumns.map((_, k) => k).filter((k) => k === 0 || allRows.some((row) => row.cells[k].text || row.cells[k].mark));
+  const columns = used.map((k) => allColumns[k]);
+  const rows = allRows.map((row) => ({ ...row, cells: used.map((k) => row.cells[k]) }));
   const state = { column: -1, down: false, shown: ROWS };
   const families = distinct(rows.map((row) => row.run?.family).filter(Boolean));
   const words = element("input", { type: "search", placeholder: "words in any column", autocomplete: "off" });
@@ -435,8 +477,8 @@ function sortable(host, caption, columns, rows) {
     const kept = rows.filter((row) => wanted.every((word) => row.text.includes(word)) && (!family.value || row.run?.family === family.value)
       && !(sane.checked && (row.run?.collapsed || row.run?.failed)));
     if (state.column >= 0) {
-      const key = (row) => sortKey(row.cells[state.column].text);
-      const [full, blank] = [kept.filter((row) => !empty(key(row))), kept.filter((row) => empty(key(row)))];
+      const key = (row) => sortKey(row.cells[state.column].text, columns[state.column].words);
+      const [full, blank] = [kept.filter((row) => key(row) !== null), kept.filter((row) => key(row) === null)];
       full.sort((a, b) => (state.down ? -1 : 1) * compare(key(a), key(b)));
       kept.splice(0, kept.length, ...full, ...blank);
     }
@@ -463,7 +505,7 @@ function resultsTable(comparison) {
   const { heads, arrows, words, rows, signs, notes } = comparison.table;
   const columns = heads.map((head, k) => ({ head: [head, arrows[k]].filter(Boolean).join(" "), words: words.includes(k) }));
   columns.splice(1, 0, { head: "Family", words: true });
-  const cellOf = ([value = "", interval = "", sign = "", bold = 0, marks = []]) => ({ text: value, node: () => [
+  const cellOf = ([value = "", interval = "", sign = "", bold = 0, marks = []]) => ({ text: value, mark: sign, node: () => [
     bold ? element("strong", {}, value) : value, marks.length ? element("sup", {}, marks.join(", ")) : "", interval ? element("small", {}, ` ${interval}`) : "", sign ? ` ${sign}` : ""] });
   sortable(byId("results"), `Results: ${comparison.title}`, columns, rows.map((cells, k) => {
     const run = runs[comparison.first + k];
@@ -537,6 +579,10 @@ function redrawCurve() {
   put("curves", [names && curveFigure(current, title, names)]);
 }
 
+function redrawLayers() {
+  put("layers", [layersFigure(current, Number(byId("error").value), byId("linear").selectedOptions[0].textContent)]);
+}
+
 function choose(place) {
   current = comparisons[place];
   costs.clear();
@@ -550,7 +596,9 @@ function choose(place) {
   const names = [...curvesOf(current)].sort(([a, some], [b, others]) => b.includes("loss") - a.includes("loss") || some.length - others.length || having(others) - having(some));
   byId("curve").replaceChildren(...names.map(([name, some]) => element("option", { value: name }, `${name} (${having(some)} runs)`)));
   redrawCurve();
-  put("layers", []);
+  const linears = distinct(members(current).filter((run) => run.layers).flatMap((run) => layerErrors(run, 0).map(({ linear }) => linear)));
+  options(byId("linear"), [ALL_LINEARS, ...linears]);
+  redrawLayers();
   resultsTable(current);
   provenance(current);
   navigation();
@@ -571,6 +619,8 @@ function start() {
   byId("loss").addEventListener("change", redrawLoss);
   byId("together").addEventListener("change", redrawPareto);
   byId("curve").addEventListener("change", redrawCurve);
+  byId("error").addEventListener("change", redrawLayers);
+  byId("linear").addEventListener("change", redrawLayers);
   options(byId("law"), data.scaling.map((law) => [law.folder, law.title].filter(Boolean).join(": ")));
   byId("law").value = data.scaling.reduce((best, law, k) => law.points.length > (data.scaling[best]?.points.length ?? 0) ? k : best, 0);
   const drawLaw = () => put("scaling", [data.scaling.length && scalingFigure(data.scaling[Number(byId("law").value)])]);

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ def page(data: dict[str, Any], command: str, library: str) -> str:
         "style": _read("page.css"),
         "summary": markup.html(_summary(data)),
         "command": markup.html(command),
-        "version": markup.html(metadata.version("vl-convert-python")),
         "data": json_for_script(data),
         **scripts,
     }
@@ -45,10 +43,11 @@ def json_for_script(data: Any) -> str:
 
 
 def plotting_library() -> str:
-    """Vega and Vega-Lite as one script (BSD-3-Clause), from the package vl-convert-python. Two seconds."""
+    """Vega and Vega-Lite as one script behind their licences, from the package vl-convert-python. Two seconds."""
     import vl_convert
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    script = f"/*\n{_read('licences.txt')}*/\n{vl_convert.javascript_bundle()}"
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _summary(data: dict[str, Any]) -> str:
@@ -57,12 +56,16 @@ def _summary(data: dict[str, Any]) -> str:
     failed = sum("failed" in run for run in runs)
     models = {json.dumps(data["shared"][run["config"]["model"]]) for run in runs if "model" in run["config"]}
     parts = [
-        f"{len(runs)} runs of {len(models)} {'model' if len(models) == 1 else 'models'}",
-        f"in {len(data['comparisons'])} comparisons",
+        f"{_counted(len(runs), 'run')} of {_counted(len(models), 'model')}",
+        f"in {_counted(len(data['comparisons']), 'comparison')}",
         f"{failed} failed" if failed else "",
         (f"measured {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "")) if days else "",
     ]
     return ", ".join(filter(None, parts)) + "."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _read(name: str) -> str:
