@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ from harness.table_formats import Block, Cell
 
 PUBLISHED = "published"
 DIGITS = 6  # of numbers on the page; records have all
-MOST_STEPS = 200  # of a learning curve
+MOST_STEPS = 100  # of a learning curve
 BANDWIDTH = re.compile(r"at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
+
+
+plain = lru_cache(maxsize=65536)(markup.plain)  # the same few words stand in every record
 
 
 @dataclass
@@ -34,24 +39,27 @@ class Shared:
     """Values that are kept once: text made fit to be shown, and whole sections of a configuration."""
 
     values: list[Any] = field(default_factory=list)
-    places: dict[str, int] = field(default_factory=dict)
+    places: dict[Any, int] = field(default_factory=dict)
 
     def place(self, value: Any) -> int:
-        """Where the value stands in `values`."""
-        key = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+        """Where the value stands in `values`. One that is no text must live as long as this does."""
+        key = value if isinstance(value, str) else id(value)
         if key not in self.places:
-            self.places[key] = len(self.values)
-            self.values.append(shown(value))
+            whole = (json.dumps(value, sort_keys=True, default=str),)  # not to be taken for a text
+            if whole not in self.places:
+                self.places[whole] = len(self.values)
+                self.values.append(shown(value))
+            self.places[key] = self.places[whole]
         return self.places[key]
 
 
 def shown(value: Any) -> Any:
     """JSON values whose text has no control or direction characters; numbers are left alone."""
+    if isinstance(value, str):
+        return plain(value)
     if isinstance(value, dict):
-        return {markup.plain(str(key)): shown(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [shown(item) for item in value]
-    return markup.plain(value) if isinstance(value, str) else value
+        return {plain(str(key)): shown(item) for key, item in value.items()}
+    return [shown(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def rounded(value: float) -> float:
@@ -115,14 +123,13 @@ def read_folders(results: Path) -> Found:
     return found
 
 
-def packed(values: Iterable[float | None]) -> str:
+def packed(values: Iterable[float]) -> str:
     """Numbers from 1e-12 to 1e53 in two bytes each, within 0.12 %, as base64: thousands a record would be the page.
 
-    A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for a value that is not there.
+    A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for NaN.
     """
-    numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.clip(np.rint(1000 * (12 + np.log10(numbers))), 0, 65534)
+    numbers = np.fromiter(values, dtype=np.float64)
+    codes = np.rint(1000 * (12 + np.log10(np.maximum(numbers, 1e-12)))).clip(0, 65534)
     return base64.b64encode(np.where(np.isnan(numbers), 65535, codes).astype("<u2").tobytes()).decode()
 
 
@@ -135,8 +142,10 @@ class _Known:
     def slim(self, record: RunRecord) -> RunRecord:
         config = {key: self._once(section) for key, section in record.config.items() if key != "card"}
         environment = {key: self._once(section) for key, section in record.environment.items()}
+        text = self._text
         measurements = [
-            Measurement(**{f.name: self._text(getattr(m, f.name)) for f in fields(m)}) for m in record.measurements
+            Measurement(text(m.metric), m.value, text(m.unit), text(m.on), m.better, m.interval, text(m.note))
+            for m in record.measurements
         ]
         return replace(
             record,
@@ -152,14 +161,14 @@ class _Known:
 
     def layers(self, record: RunRecord) -> Layers:
         names = list(record.layer_errors)
-        outputs = [record.layer_output_errors.get(name) for name in names]
+        outputs = [record.layer_output_errors.get(name, math.nan) for name in names]
         return Layers(self._once(names), packed(record.layer_errors.values()), packed(outputs))
 
     def _once(self, section: Any) -> Any:
-        return self.sections.setdefault(json.dumps(section, sort_keys=True, default=str), section)
+        return self.sections.setdefault(repr(section), section)
 
-    def _text(self, value: Any) -> Any:
-        return self.sections.setdefault(value, value) if isinstance(value, str) else value
+    def _text(self, text: str) -> str:
+        return self.sections.setdefault(text, text)
 
 
 def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
@@ -277,19 +286,20 @@ def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) 
     run = {key: value for key, value in run.items() if value}
     run["config"] = {key: shared.place(section) for key, section in record.config.items() if section is not None}
     run["environment"] = {key: shared.place(section) for key, section in record.environment.items() if section}
+    run |= {"layers": [shared.place(layers.names), layers.weights, layers.outputs]} if layers else {}
+    run = shown(run)
     batches, contexts = _latencies(record)
     parts = {
         "curves": {
-            name: [[rounded(x), rounded(y)] for x, y in points]
+            plain(name): [[rounded(x), rounded(y)] for x, y in points]
             for name, points in record.curves.items()
             if len(points) >= LEAST_POINTS
         },
         "batches": batches,
         "contexts": contexts,
-        "layers": [shared.place(layers.names), layers.weights, layers.outputs] if layers else [],
     }
     run |= {key: part for key, part in parts.items() if part}
-    return shown(run) | {"measurements": [_measurement(m, shared) for m in record.measurements]}
+    return run | {"measurements": [_measurement(m, shared) for m in record.measurements]}
 
 
 def _measurement(m: Measurement, shared: Shared) -> list[Any]:
@@ -334,7 +344,7 @@ def _latencies(record: RunRecord) -> tuple[list[list[Any]], list[list[Any]]]:
 def _latency(m: Measurement, workload: str, size: str, least: float | None) -> list[Any]:
     low, high = m.interval or (m.value, m.value)
     numbers = [rounded(number) for number in (m.value, low, high)]
-    return [workload, int(size), *numbers, least and rounded(least)]
+    return [plain(workload), int(size), *numbers, least and rounded(least)]
 
 
 def _least_ms(record: RunRecord, on: str) -> float | None:

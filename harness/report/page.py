@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 TITLE = "LLM inference optimizations, compared"
 
 
-def page(data: dict[str, Any], command: str, library: str) -> str:
-    """The report as HTML. library: script that sets `vegaEmbed`, see `plotting_library`.
+def page(data: dict[str, Any], command: str, library: str) -> bytes:
+    """The report as HTML in UTF-8. library: script that sets `vegaEmbed`, see `plotting_library`.
 
     Scripts run only where their digest is the one that the page names, so that nothing in the data can ever be run,
     and nothing may be fetched from anywhere.
@@ -33,12 +33,13 @@ def page(data: dict[str, Any], command: str, library: str) -> str:
         "data": json_for_script(data),
         **scripts,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+    pieces = re.split(r"\{\{(\w+)\}\}", _read("page.html"))
+    return b"".join((parts[piece] if k % 2 else piece).encode() for k, piece in enumerate(pieces))
 
 
 def json_for_script(data: Any) -> str:
     """JSON that cannot end the script element it stands in, nor begin a comment in it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")  # "<" stands only in strings of JSON
 
 

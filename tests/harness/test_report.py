@@ -143,7 +143,7 @@ def test_the_roofline_is_the_least_time_that_the_bytes_allow():
 
 def test_packed_numbers_are_within_an_eighth_of_a_percent():
     values = [1e-12, 3.3e-7, 0.0123, 1.0, 7.5e9]
-    codes = np.frombuffer(base64.b64decode(packed([*values, 0.0, None])), dtype="<u2")
+    codes = np.frombuffer(base64.b64decode(packed([*values, 0.0, math.nan])), dtype="<u2")
     assert 10 ** (codes[:5] / 1000 - 12) == pytest.approx(values, rel=0.00125)
     assert codes[5:].tolist() == [0, 65535]
 
@@ -239,7 +239,7 @@ def hostile_records():
 
 def test_a_hostile_name_stays_text_and_only_our_scripts_may_run():
     data = page_data(Found({HOSTILE: hostile_records()}, broken=[HOSTILE]))
-    html = page(data, f"python -m harness.report model={HOSTILE}", "window.vegaEmbed = 1;")
+    html = page(data, f"python -m harness.report model={HOSTILE}", "window.vegaEmbed = 1;").decode()
     found = Elements(html)
     assert [attributes.get("type") for tag, attributes in found.tags if tag == "script"] == [
         "application/json", "module", "module", "module",

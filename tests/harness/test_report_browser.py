@@ -1,4 +1,4 @@
-"""The report in headless Chromium: it draws, sorts, filters, answers to keys, asks for nothing and runs no foreign text."""
+"""The report in headless Chromium: it draws, sorts, filters, answers to keys, fetches nothing, runs no foreign text."""
 
 from __future__ import annotations
 
