@@ -44,6 +44,8 @@ _LATEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - set("ÐðÞþ×÷")
 
 def plain(text: str) -> str:
     """One line without control or direction characters; runs of white space become one space."""
+    if text.isprintable():  # nearly all texts; what follows looks at one character after the other
+        return re.sub(r" +", " ", text).strip()
     spaced = "".join(
         " " if character.isspace() else character
         for character in text
