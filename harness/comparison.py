@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import log, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TOKEN_OUTCOMES = {"perplexity": "loss", "bits_per_byte": "loss", "kl_divergence": "kl", "top1_agreement": "top1_agrees"}
 RATIOS = ("perplexity", "stream_perplexity_ratio")  # compared by their logarithm
 TO_DENSE = {"perplexity": ("perplexity_ratio", 1.0), "accuracy": ("accuracy_difference", 0.0)}
+BEYOND_DOUBT = 1e-6  # p-values below it need no sharper test
 SEED = 0  # of the bootstrap: the same records give the same marks
 
 
@@ -36,6 +38,11 @@ class Kept:
 
     results: Path | None = None
     _read: dict[tuple, object] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def there(self) -> bool:
+        """Whether any outcome may have been kept."""
+        return self.results is not None and (self.results / "samples").is_dir()
 
     def tokens(self, record: RunRecord, measurement: Measurement) -> tuple[NDArray, int] | None:
         """Outcome of each scored token in reading order, and tokens per window."""
@@ -115,21 +122,21 @@ class Judge:
         """
         if self._below_the_floor(one, other):
             return 1.0
-        found = self._paired(one, other)
-        if found is None and (found := _from_intervals(one[1], other[1])) is not None:
-            self.tests.add("intervals")
+        found, test = _from_differences_to_dense(one, other), "paired differences from dense"
+        if found is None:
+            found, test = _from_intervals(one[1], other[1]), "intervals"
+        if found is None or found > BEYOND_DOUBT:  # these two find less: outcomes need not be read where they do
+            paired = _from_outcomes(one, other, self.kept)
+            found, test = (found, test) if paired is None else (paired, "paired on kept tokens and questions")
+        if found is not None:
+            self.tests.add(test)
         return found
 
     def _against_dense(self, row: Arm, dense: Arm | None) -> float | None:
         if row[1].metric not in TO_DENSE:
             return None if dense is None else self.p_value(row, dense)
-        return self._paired(row, dense)  # intervals of the two would see little
-
-    def _paired(self, one: Arm, other: Arm | None) -> float | None:
-        found = None if other is None else _from_outcomes(one, other, self.kept)
+        found = _from_differences_to_dense(row, None)  # made from the outcomes when they were fresh
         if found is not None:
-            self.tests.add("paired on kept tokens and questions")
-        elif (found := _from_differences_to_dense(one, other)) is not None:
             self.tests.add("paired differences from dense")
         return found
 
@@ -150,7 +157,7 @@ class Judge:
 
 def _from_outcomes(one: Arm, other: Arm, kept: Kept) -> float | None:
     (first, ours), (second, theirs) = one, other
-    if kept.results is None or ours.on != theirs.on:
+    if not kept.there or ours.on != theirs.on:
         return None
     if ours.metric == "accuracy":
         right, others = kept.answers(first, ours.on), kept.answers(second, ours.on)

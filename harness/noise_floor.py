@@ -27,6 +27,7 @@ from harness.statistics import difference_quantile
 FOLDER = "noise_floor"
 RUNS = 5
 FEWEST_RUNS = 3
+MACHINE = {"processor", "cores", "architecture", "gpus"}  # what a fingerprint is made of
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,20 @@ class NoiseFloors:
     """The floors of several machines; each record finds its own."""
 
     floors: dict[tuple[str, str, int], NoiseFloor] = field(default_factory=dict)
+    _found: dict[tuple, NoiseFloor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, record: RunRecord) -> NoiseFloor | None:
         """The floor of the machine, device and thread count that a record was made with."""
         if not self.floors:
             return None
         machine = record.environment.get("machine")
-        if not isinstance(machine, dict) or not {"processor", "cores", "architecture", "gpus"} <= machine.keys():
+        if not isinstance(machine, dict) or not machine.keys() >= MACHINE:
             return None
         device = str((record.config.get("hardware") or {}).get("device", "cpu"))
-        return self.floors.get((fingerprint_of(machine), device, record.environment.get("threads")))
+        parts = (str(machine), device, record.environment.get("threads"))
+        if parts not in self._found:
+            self._found[parts] = self.floors.get((fingerprint_of(machine), *parts[1:]))
+        return self._found[parts]
 
     def relative(self, record: RunRecord, metric: str, on: str) -> float | None:
         """The floor of one number of a record as a share of it; None where it was not measured."""

@@ -11,9 +11,8 @@ two.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
+import gc
 import json
 import math
 import re
@@ -292,7 +291,7 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge 
         ]
         if swept:
             cells.append(Cell("" if _sparsity(record) is None else str(_sparsity(record))))
-        cells += [_cell(record, c, (record.id, c) in best, (record.id, c) in same) for c in columns]
+        cells += [_cell(record, c, (record.id, c.head) in best, (record.id, c.head) in same) for c in columns]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
             cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
@@ -578,8 +577,8 @@ def _cell(record: RunRecord, column: Column, bold: bool, same: bool) -> Cell:
     return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
 
 
-def _same_as_dense(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, Column]]:
-    """Record and column of every number that no test tells from the dense run's."""
+def _same_as_dense(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+    """Record and head of every number that no test tells from the dense run's."""
     dense = next((r for r in records if _name(r) == DENSE.name), None)
     same = set()
     for column in columns:
@@ -587,7 +586,7 @@ def _same_as_dense(records: list[RunRecord], columns: list[Column], judge: Judge
             reference = _measured(dense, column) if dense else None
             arm = (dense, reference) if reference is not None and reference.value is not None else None
             rows = _arms([r for r in records if _name(r) != DENSE.name], column)
-            same |= {(id, column) for id in judge.same_as_dense(rows, arm)}
+            same |= {(id, column.head) for id in judge.same_as_dense(rows, arm)}
     return same
 
 
@@ -600,8 +599,8 @@ def _collapsed(record: RunRecord) -> bool:
     return any("collapsed" in m.note for m in record.measurements if m.metric in ("perplexity", "perplexity_ratio"))
 
 
-def _best(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, Column]]:
-    """Record and column of every best value, and what ties with it, among rows of equal bits and sparsity.
+def _best(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+    """Record and head of every best value, and what ties with it, among rows of equal bits and sparsity.
 
     A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
     """
@@ -615,7 +614,7 @@ def _best(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[
             rows = _arms(group, column)
             if len(rows) > 1:
                 ties = _ties(column, rows, judge)
-                best |= {(id, column) for id in ties if len(ties) < len(rows)}
+                best |= {(id, column.head) for id in ties if len(ties) < len(rows)}
     return best
 
 
@@ -854,17 +853,15 @@ def to_csv(records: Iterable[RunRecord]) -> str:
 
     Text that a spreadsheet would run as a formula is quoted.
     """
-    escaped = cache(markup.csv)  # the same few words stand in every row
+    word = cache(_csv_word)  # the same few stand in every row
 
-    def safe(cells: Iterable[Any]) -> list[Any]:
-        return [escaped(cell) if isinstance(cell, str) else cell for cell in cells]
+    def cells(values: Iterable[Any]) -> str:
+        return ",".join([word(v) if isinstance(v, str) else "" if v is None else str(v) for v in values])
 
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(CSV_HEADS)
+    lines = [",".join(CSV_HEADS)]
     for record in records:
         group, failure = _group(record), record.failure
-        run = safe(
+        run = cells(
             (
                 *(record.model, _hardware_name(record), _machine(record)),
                 group.key if group else str(record.card.get("taxonomy", "")),
@@ -873,14 +870,19 @@ def to_csv(records: Iterable[RunRecord]) -> str:
                 *((failure.stage, failure.reason) if failure else (None, None)),
             )
         )
-        source = safe((record.finished, record.id, record.baseline))
+        source = cells((record.finished, record.id, record.baseline))
         for m in record.measurements:
-            numbers = (m.value, *(m.interval or (None, None)))
-            words = (escaped(m.unit), escaped(m.on), m.better, escaped(m.note))
-            lines.writerow((*run, escaped(m.metric), *numbers, *words, *source))
+            numbers = (m.metric, m.value, *(m.interval or (None, None)))
+            lines.append(f"{run},{cells((*numbers, m.unit, m.on, m.better, m.note))},{source}")
         if not record.measurements:
-            lines.writerow((*run, *[None] * 8, *source))
-    return text.getvalue()
+            lines.append(f"{run},{cells([None] * 8)},{source}")
+    return "\n".join(lines) + "\n"
+
+
+def _csv_word(text: str) -> str:
+    """A cell of text: no formula, quoted where it must be (RFC 4180)."""
+    safe = markup.csv(text)
+    return '"' + safe.replace('"', '""') + '"' if re.search('[",\r\n]', safe) else safe
 
 
 # ---------------------------------------------------------------------------------------------------- entry points
@@ -956,6 +958,7 @@ def main(arguments: Sequence[str]) -> int:
         names, options = parse(arguments)
         results = Path(options.get("paths.results", RESULTS))
         records, broken = read_folder(results)
+        gc.freeze()  # nothing of it is garbage; looking for some takes longer than a table
         records = chosen(records, options)
         folder, judge = results / "tables", judge_of(results)
         strict = options.get("strict", "false").lower() == "true"
