@@ -171,7 +171,7 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 def _setting(record: RunRecord) -> str:
     config = record.config
     keys = [record.model, config.get("model"), telling(config.get("hardware") or {}), config.get("engine")]
-    keys += [_evaluated_text(record), _machine(record)]
+    keys += [_evaluated_text(record), machine_in_words(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
 
@@ -191,7 +191,7 @@ def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
     return sum(other.config.get("evaluation") == asked for other in others), len(others)
 
 
-def _machine(record: RunRecord) -> str:
+def machine_in_words(record: RunRecord) -> str:
     """The machine in words: "AMD EPYC 9B14, 2 cores"."""
     machine = record.environment.get("machine") or {}
     if not isinstance(machine, dict):
@@ -216,8 +216,8 @@ def _refuse_several(blocks: list[list[RunRecord]]) -> None:
 
 
 def _difference(a: RunRecord, b: RunRecord) -> tuple[str, str]:
-    if _machine(a) != _machine(b):
-        return f'machine "{_machine(a)}"', f'machine "{_machine(b)}"'
+    if machine_in_words(a) != machine_in_words(b):
+        return f'machine "{machine_in_words(a)}"', f'machine "{machine_in_words(b)}"'
     here, there = _protocol(a), _protocol(b)
     if here != there:
         words = [
@@ -274,7 +274,7 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge 
     columns = _columns(records)
     kernels = _kernels(records)
     swept = _sparsities(records)
-    labels = _labels(records)
+    labels = row_labels(records)
     notes = _Notes()
     best, same = _best(records, columns, judge), _same_as_dense(records, columns, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
@@ -300,7 +300,10 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge 
         rows.append(Row(tuple(cells)))
     return Block(
         title=" · ".join(
-            filter(None, [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), _machine(records[0])])
+            filter(
+                None,
+                [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), machine_in_words(records[0])],
+            )
         ),
         protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
         heads=(*heads, *(["kernel"] if kernels.each else [])),
@@ -343,7 +346,7 @@ def describe(record: RunRecord) -> Description:
         sparsity="" if sparsity is None else str(sparsity),
         group=_group(record),
         hardware=_hardware_name(record),
-        machine=_machine(record),
+        machine=machine_in_words(record),
         engine=_engine_name(record),
         dense=_name(record) == DENSE.name,
         collapsed=_collapsed(record),
@@ -402,7 +405,7 @@ def _order(record: RunRecord) -> tuple:
     )
 
 
-def _labels(records: list[RunRecord]) -> dict[str, str]:
+def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
     """What each row is called: the title, and what sets it apart from rows of the same title and bits."""
     alike: dict[tuple, list[RunRecord]] = {}
     for record in records:
@@ -863,7 +866,7 @@ def to_csv(records: Iterable[RunRecord]) -> str:
         group, failure = _group(record), record.failure
         run = cells(
             (
-                *(record.model, _hardware_name(record), _machine(record)),
+                *(record.model, _hardware_name(record), machine_in_words(record)),
                 group.key if group else str(record.card.get("taxonomy", "")),
                 *(_name(record), _title(record), record.bits, _activation_bits(record), _key_value_bits(record)),
                 *(_sparsity(record), record.status),

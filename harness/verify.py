@@ -22,6 +22,7 @@ from harness import environment, markup
 from harness.errors import ConfigError, RunError
 from harness.noise_floor import NoiseFloor, read_floors
 from harness.records import Measurement, RunRecord, read_record
+from harness.text_table import aligned
 from harness.wheels import default_cache
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -150,14 +151,7 @@ def report(verdicts: Sequence[Verdict]) -> str:
         )
         for v in verdicts
     ]
-    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
-    right = (3, 4, 5, 6)
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *lines)
-    )
+    return aligned([head, *lines], right=(3, 4, 5, 6))
 
 
 def _number(value: float | None) -> str:
