@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-browser test-all lint format report tables $(TABLES:%=table-%) clean
+.PHONY: help setup demo test test-real test-browser test-all lint format report noise-floor tables $(TABLES:%=table-%) clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
+	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
 
@@ -54,6 +55,9 @@ format: setup
 
 report: setup
 	$(RUN) -m harness.report $(if $(RESULTS),paths.results=$(RESULTS))
+
+noise-floor: setup
+	$(RUN) -m harness.noise_floor method=gptq bits=4 model=smollm2-135m-gguf hardware=cpu evaluation=quick runs=5
 
 tables: setup
 	$(RUN) -m harness.tables all

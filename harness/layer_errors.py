@@ -59,6 +59,8 @@ def layer_errors(compressed: nn.Module, original: nn.Module, tokens: Tensor, sto
         for name, layer in block_linears(compressed).items()
         if name in originals and _shape(layer) == _shape(originals[name])
     }
+    if not layers:
+        return LayerErrors(absent="no linear has the shape that it has in the original")
     weights: dict[str, float] = {}
     outputs: dict[str, float] = {}
 

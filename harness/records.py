@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,16 @@ class RunRecord:
 
     def find(self, metric: str, on: str | None = None) -> Measurement | None:
         """The first measurement with this metric (and, if given, exactly this `on`)."""
-        return next((m for m in self.measurements if m.metric == metric and (on is None or m.on == on)), None)
+        return self._places.get((metric, on))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str | None], Measurement]:
+        """Measurements by metric and `on`, and the first of each metric: tables look thousands of them up."""
+        places: dict[tuple[str, str | None], Measurement] = {}
+        for m in self.measurements:
+            places.setdefault((m.metric, m.on), m)
+            places.setdefault((m.metric, None), m)
+        return places
 
 
 def to_json(record: RunRecord) -> dict[str, Any]:
@@ -118,7 +128,9 @@ def from_json(data: dict[str, Any]) -> RunRecord:
 def measurement_from_json(data: dict[str, Any]) -> Measurement:
     """One measurement from its JSON values. An interval with an end that is no number is no interval."""
     interval = data.get("interval")
-    known = bool(interval) and all(end is not None for end in interval)
+    if interval is None:
+        return Measurement(**data)
+    known = bool(interval) and None not in interval
     return Measurement(**{**data, "interval": tuple(interval) if known else None})
 
 

@@ -131,7 +131,7 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
     fewest = len(filled(width))
     seamed = filled(width, block.seam)
-    if fewest > 1 and len(seamed) == fewest:
+    if fewest > 1 and block.seam is not None and len(seamed) == fewest:
         return seamed
     return next(parts for limit in range(width + 1) if len(parts := filled(limit)) == fewest)
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from harness import markup, tables
+from harness.command import single_command
+from harness.comparison import Judge
 from harness.curve_plot import LEAST_POINTS
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record
@@ -75,11 +77,13 @@ class Found:
     """Records by the folder they are in (of a sweep, a machine), and why the others could not be read.
 
     layers: errors of the linears by folder and id, packed; the records themselves have none, and thinned curves.
+    results: where the folders are, with the outcomes that tests compare; None where there are none.
     """
 
     folders: dict[str, list[RunRecord]] = field(default_factory=dict)
     layers: dict[tuple[str, str], Layers] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    results: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def read_folders(results: Path) -> Found:
     """
     if not results.is_dir():
         raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
-    found = Found()
+    found = Found(results=results)
     known = _Known()
     for home in sorted(results.glob("**/records")):
         inside = home.relative_to(results).parts
@@ -188,10 +192,11 @@ def page_data(found: Found) -> dict[str, Any]:
     scaling = []
     for folder, records in found.folders.items():
         places: dict[str, int] = {}
+        judge = tables.judge_of(found.results / folder) if found.results else None
         blocks = sorted(tables.comparable(records), key=len, reverse=True)
         for block in blocks:
             ordered = tables.in_print_order(block)
-            comparisons.append({"folder": folder, **_comparison(ordered, len(runs), shared)})
+            comparisons.append({"folder": folder, **_comparison(ordered, judge, len(runs), shared)})
             places |= {record.id: len(runs) + k for k, record in enumerate(ordered)}
             runs += [_run(record, folder, found.layers.get((folder, record.id)), shared) for record in ordered]
         scaling += _scaling(records, folder, places)
@@ -205,9 +210,9 @@ def page_data(found: Found) -> dict[str, Any]:
     }
 
 
-def _comparison(records: list[RunRecord], first: int, shared: Shared) -> dict[str, Any]:
+def _comparison(records: list[RunRecord], judge: Judge | None, first: int, shared: Shared) -> dict[str, Any]:
     """One block: its table, axes, non-dominated sets. Runs are numbered from `first`."""
-    block = tables.block_of(records)
+    block = tables.block_of(records, judge)
     about = {record.id: tables.describe(record) for record in records}
     references, collapsed = (
         frozenset(id for id, described in about.items() if getattr(described, kind)) for kind in ("dense", "collapsed")
@@ -277,6 +282,7 @@ def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) 
         "collapsed": about.collapsed,
         "failed": [record.failure.stage, record.failure.reason] if record.failure else [],
         "command": record.command,
+        "alone": _alone(record),
         "started": record.started,
         "finished": record.finished,
         "baseline": record.baseline or "",
@@ -300,6 +306,14 @@ def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) 
     }
     run |= {key: part for key, part in parts.items() if part}
     return run | {"measurements": [_measurement(m, shared) for m in record.measurements]}
+
+
+def _alone(record: RunRecord) -> str:
+    """The command for this run alone; nothing where the record's own is none or cannot be read."""
+    try:
+        return single_command(record) if record.command else ""
+    except ValueError:  # a quotation that does not end
+        return ""
 
 
 def _measurement(m: Measurement, shared: Shared) -> list[Any]:

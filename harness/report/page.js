@@ -97,12 +97,14 @@ function openRun(run) {
     ["Ran", [run.started, run.finished].filter(Boolean).join(" to ")], ["Paper", run.paper]].filter(([, text]) => text);
   const sections = (title, places) => element("details", {}, element("summary", {}, title),
     ...Object.entries(places).map(([name, place]) => [element("h4", {}, name), element("pre", {}, JSON.stringify(shared[place], null, 2))]).flat());
-  const command = element("code", {}, run.command ?? "");
+  const commands = [["The command that made it", run.command], ["This run alone", run.alone !== run.command && run.alone]].filter(([, text]) => text).flatMap(([title, text]) => {
+    const code = element("code", {}, text);
+    return [element("h3", {}, title), element("pre", {}, code), element("button", { type: "button", onclick: () => copy(code) }, "Copy")];
+  });
   byId("run").querySelector("div").replaceChildren(
     element("h2", { id: "run-title" }, named(run)),
     element("dl", {}, ...facts.flatMap(([term, text]) => [element("dt", {}, term), element("dd", {}, text)])),
-    ...(run.command ? [element("h3", {}, "The command that made it"), element("pre", {}, command),
-      element("button", { type: "button", onclick: () => copy(command) }, "Copy the command")] : []),
+    ...commands,
     element("details", { open: true }, element("summary", {}, "Measurements"), plainTable("Measurements of this run", ["metric", "value", "95 % interval", "unit", "protocol and workload", "note"],
       run.measurements.map(([metric, workload, value, unit, note, low, high]) => [shared[metric], value === null ? "–" : number(value),
         high === undefined ? "" : `${number(low)} to ${number(high)}`, shared[unit], shared[workload], shared[note]]), [1, 2])),
@@ -515,7 +517,7 @@ function resultsTable(comparison) {
     made.splice(1, 0, { text: run.dense ? "" : run.family });
     return { cells: made, run };
   }));
-  list(byId("signs"), signs.concat("[a–b]: 95 % interval"));
+  list(byId("signs"), [...signs, "[a–b]: 95 % interval"]);
   list(byId("notes"), notes);
   byId("notes").parentElement.hidden = !notes.length;
 }

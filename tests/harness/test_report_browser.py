@@ -26,7 +26,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 LINEARS = [f"model.layers.{block}.self_attn.{part}_proj" for block in range(6) for part in "qkv"]
-COMMAND = "python -m harness method=gptq bits=4"
+COMMAND = "python -m harness method=gptq,rtn bits=3,4 method.damping=0.01"
 
 
 def rich(run, place):
@@ -172,7 +172,9 @@ def test_a_point_tells_method_settings_and_command(visit, by):
     assert COMMAND in told
     if by == "keys":
         page.keyboard.press("Enter")
-        assert COMMAND in page.locator("dialog[open] pre").first.inner_text()
+        made, alone = page.locator("dialog[open] pre").all_inner_texts()[:2]
+        assert made == COMMAND
+        assert alone.startswith("python -m harness method=gptq ")
         page.keyboard.press("Escape")
         assert page.locator("dialog[open]").count() == 0
         assert page.evaluate("document.activeElement.getAttribute('aria-label')")  # back on the point
