@@ -70,17 +70,17 @@ def write_report(results: Path, output: Path, options: dict[str, str], command: 
     from harness.report.page import page, plotting_library
     from harness.tables import chosen
 
+    gc.disable()  # millions of new objects, none of them in a cycle: looking for one would take seconds
     with ProcessPoolExecutor(1) as beside:  # two seconds and 150 MB that the reading need not wait for
         library = beside.submit(plotting_library)
-        gc.disable()  # millions of new objects, none of them in a cycle: looking for one would take seconds
         found = read_folders(results)
-        kept = set(map(id, chosen([record for records in found.folders.values() for record in records], options)))
-        found.folders = {folder: [r for r in records if id(r) in kept] for folder, records in found.folders.items()}
-        data = page_data(found)
-        broken = found.broken
-        del found  # what follows needs the memory
-        gc.enable()
-        write_bytes_atomically(page(data, command, library.result()), output)
+        script = library.result()
+    kept = set(map(id, chosen([record for records in found.folders.values() for record in records], options)))
+    found.folders = {folder: [r for r in records if id(r) in kept] for folder, records in found.folders.items()}
+    data, broken = page_data(found), found.broken
+    del found  # what follows needs the memory
+    write_bytes_atomically(page(data, command, script), output)
+    gc.enable()
     return broken
 
 

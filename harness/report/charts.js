@@ -40,8 +40,10 @@ function symlogTicks([low, high], constant) {
 }
 
 const clamp = (value, [low, high]) => Math.min(high, Math.max(low, value));
-const number = (value) => Number.isFinite(value) ? value.toLocaleString("en", { maximumSignificantDigits: 4 }) : "–";
-const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3, notation: Math.abs(value) < 1e4 ? "standard" : "compact" });
+const [FOUR, THREE, COMPACT] = [{ maximumSignificantDigits: 4 }, { maximumSignificantDigits: 3 }, { maximumSignificantDigits: 3, notation: "compact" }]
+  .map((digits) => new Intl.NumberFormat("en", digits));
+const number = (value) => Number.isFinite(value) ? FOUR.format(value) : "–";
+const short = (value) => (Math.abs(value) < 1e4 ? THREE : COMPACT).format(value);
 
 /** The rows that Vega draws: within the domain, with an arrow and the number where a value lies outside. */
 function rowsOf({ x, y, series }) {
@@ -71,7 +73,7 @@ function placedTags(rows, { x, y }, width, height) {
     for (const [p, { dx, dy, align }] of TAG_PLACES.entries()) {
       const start = left + dx - (align === "right" ? wide : 0);
       const box = [start, top + dy - 8, start + wide, top + dy + 1];
-      if (box[0] < 0 || box[2] > inside[0] + 8 || taken.some((other, o) => o !== k && box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;
+      if (box[0] < 0 || box[1] < -4 || box[2] > inside[0] + 4 || taken.some((other, o) => o !== k && box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;
       taken.push(box);
       placed[p].push(row);
       return;

@@ -26,7 +26,16 @@ function element(tag, attributes = {}, ...children) {
 const list = (host, texts) => host.replaceChildren(...texts.map((text) => element("li", {}, text)));
 const options = (select, texts) => select.replaceChildren(...texts.map((text, k) => element("option", { value: k }, text)));
 const distinct = (values) => [...new Set(values)];
-const groupBy = (values, key) => values.reduce((map, value) => map.set(key(value), [...(map.get(key(value)) ?? []), value]), new Map());
+
+function groupBy(values, key) {
+  const groups = new Map();
+  for (const value of values) {
+    const name = key(value);
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(value);
+  }
+  return groups;
+}
 
 // ------------------------------------------------------------------------------------------------ numbers of a run
 
@@ -333,7 +342,7 @@ function latencyFigures(comparison, field, heading, label) {
           return [{ ...style, points: mine, path: mine }, { ...style, points: [], dash: [3, 3], path: mine.filter((p) => p.least).map((p) => ({ x: p.x, y: p.least })) }];
         }) }), styleOf);
     });
-    return figure(heading, [], `Time per output token, ms, median with 95 % interval — ${workload}. Both axes are logarithmic.`, facets, () => [
+    return figure(heading, [], `Time per output token, ms, ${label === "batch" ? "median" : "mean"} and 95 % interval of the median — ${workload}. Both axes are logarithmic.`, facets, () => [
       ["run", label, "ms per output token", "roofline, ms"], points.map((p) => [named(runs[p.run]), number(p.x), withInterval({ value: p.y, low: p.yl, high: p.yh }), p.least ? number(p.least) : ""]), [1, 2, 3]]);
   }).filter(Boolean);
 }
@@ -343,7 +352,8 @@ const NUMBERS = /\d+/g;
 /** Curves by name; those that differ in a number alone, as of layers, are one entry "… *". */
 function curvesOf(comparison) {
   const names = distinct(members(comparison).flatMap((run) => Object.keys(run.curves ?? {})));
-  return groupBy(names, (name) => groupBy(names, (other) => other.replace(NUMBERS, "*")).get(name.replace(NUMBERS, "*")).length > 1 ? name.replace(NUMBERS, "*") : name);
+  const alike = [...groupBy(names, (name) => name.replace(NUMBERS, "*"))];
+  return new Map(alike.map(([pattern, some]) => some.length > 1 ? [pattern, some] : [some[0], some]));
 }
 
 /** A plot of lines with points that can be hovered, faceted by family. lines: { run, name, path, points, dash }. */
