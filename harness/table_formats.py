@@ -8,10 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from harness import markup
 
-WIDTH = 118  # of the lines of prose in Markdown
+PROSE_WIDTH = 118  # of lines of prose in Markdown, where there is room
+LEAST_WIDTH = 60
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,25 @@ def to_markdown(title: str, blocks: Sequence[Block], absent: str = "", width: in
 
     width: characters that a line of a table may have, if its columns allow.
     """
+    wrapped = partial(_wrapped, width=min(PROSE_WIDTH, max(width, LEAST_WIDTH)))
     parts = [f"## {markup.markdown(title)}"] if title else []
     for block in blocks:
         parts.append(f"### {markup.markdown(block.title)}")
-        parts.append("\n".join(_wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
+        parts.append("\n".join(wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
         parts += _markdown_tables(block, width)
         signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
         below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
         below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
         below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
-        parts.append("\n".join(map(_wrapped, below)))
+        parts.append("\n".join(map(wrapped, below)))
     if absent:
-        parts.append(_wrapped(f"not run here: {markup.markdown(absent)}"))
+        parts.append(wrapped(f"not run here: {markup.markdown(absent)}"))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _wrapped(text: str) -> str:
+def _wrapped(text: str, width: int) -> str:
     indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown_tables(block: Block, width: int) -> list[str]:

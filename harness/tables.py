@@ -51,6 +51,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 SPEED_METRICS = frozenset(("time_to_first_token_ms", "time_per_output_token_ms", "decode_tokens_per_second"))
 PROTOCOL_METRICS = SPEED_METRICS | {"perplexity", "accuracy"}
 COMPARED_WITH_DENSE = PROTOCOL_METRICS
+SHORT = {"perplexity", "kl_divergence", "accuracy", "rouge_l", "decoding_speedup", "effective_bits_per_weight"}
+SHORT |= {"stored_bytes", "compress_seconds"}
 SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
@@ -267,12 +269,21 @@ def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
     return [replace(dense[0], measurements=kept), *(record for record in records if _name(record) != DENSE.name)]
 
 
-def _block(records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge | None = None) -> Block:
-    """One block. With groups, their headings stand between the rows and their systems without a record below."""
+def _block(
+    records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge | None = None, short: bool = False
+) -> Block:
+    """One block. With groups, their headings stand between the rows and their systems without a record below.
+
+    short: the columns that most questions are about, without kernels and footnotes.
+    """
     judge = replace(judge or Judge(), tests=set())
     records = sorted(records, key=_order)
     columns = _columns(records)
     kernels = _kernels(records)
+    if short:
+        timed = next((c for c in columns if c.quantity.metric == "decode_tokens_per_second"), None)
+        columns = [c for c in columns if c.quantity.metric in SHORT or c is timed]
+        kernels = replace(kernels, each={})
     swept = _sparsities(records)
     labels = row_labels(records)
     notes = _Notes()
@@ -286,7 +297,10 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge 
             rows.append(Row(group=f"{group.title} ({group.source})"))
             previous = group
         cells = [
-            Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record, records))),
+            Cell(
+                labels[record.id],
+                notes=() if short else tuple(notes.number(text) for text in _remarks(record, records)),
+            ),
             Cell(_widths(record)),
         ]
         if swept:
@@ -894,6 +908,12 @@ def _csv_word(text: str) -> str:
 def summary_table(records: Iterable[RunRecord], judge: Judge | None = None) -> str:
     """Markdown table of these records alone, whatever their family: what a sweep ends with. As wide as the terminal."""
     blocks = [_block(block, judge=judge) for block in comparable(records)]
+    return to_markdown("", blocks, width=terminal_width())
+
+
+def short_table(records: Iterable[RunRecord], judge: Judge | None = None) -> str:
+    """The same with fewer columns and without footnotes, for the end of a sweep."""
+    blocks = [_block(block, judge=judge, short=True) for block in comparable(records)]
     return to_markdown("", blocks, width=terminal_width())
 
 
