@@ -60,9 +60,11 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 def write_report(results: Path, output: Path, options: dict[str, str], command: str) -> list[str]:
     """Write the page atomically and return why records could not be read.
 
-    Raises ConfigError where there is nothing to read or no record of a model or hardware that was asked for.
+    Raises ConfigError where there is nothing to read, no record of a model or hardware that was asked for, or nothing
+    that draws.
     """
     import gc
+    import importlib.util
     from concurrent.futures import ProcessPoolExecutor
 
     from harness.records import write_bytes_atomically
@@ -70,6 +72,8 @@ def write_report(results: Path, output: Path, options: dict[str, str], command: 
     from harness.report.page import page, plotting_library
     from harness.tables import chosen
 
+    if importlib.util.find_spec("vl_convert") is None:
+        raise ConfigError("the report is drawn by the package vl-convert-python, which is not installed: make setup")
     gc.disable()  # millions of new objects, none of them in a cycle: looking for one would take seconds
     with ProcessPoolExecutor(1) as beside:  # two seconds and 150 MB that the reading need not wait for
         library = beside.submit(plotting_library)

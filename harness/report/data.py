@@ -56,9 +56,11 @@ class Shared:
 
 
 def shown(value: Any) -> Any:
-    """JSON values whose text has no control or direction characters; numbers are left alone."""
+    """JSON values whose text has no control or direction characters; infinity and NaN become text."""
     if isinstance(value, str):
         return plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, dict):
         return {plain(str(key)): shown(item) for key, item in value.items()}
     return [shown(item) for item in value] if isinstance(value, list | tuple) else value
@@ -127,12 +129,12 @@ def read_folders(results: Path) -> Found:
     return found
 
 
-def packed(values: Iterable[float]) -> str:
+def packed(values: Iterable[float | None]) -> str:
     """Numbers from 1e-12 to 1e53 in two bytes each, within 0.12 %, as base64: thousands a record would be the page.
 
-    A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for NaN.
+    A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for none.
     """
-    numbers = np.fromiter(values, dtype=np.float64)
+    numbers = np.array(list(values), dtype=np.float64)  # NaN for None
     codes = np.rint(1000 * (12 + np.log10(np.maximum(numbers, 1e-12)))).clip(0, 65534)
     return base64.b64encode(np.where(np.isnan(numbers), 65535, codes).astype("<u2").tobytes()).decode()
 
@@ -165,7 +167,7 @@ class _Known:
 
     def layers(self, record: RunRecord) -> Layers:
         names = list(record.layer_errors)
-        outputs = [record.layer_output_errors.get(name, math.nan) for name in names]
+        outputs = [record.layer_output_errors.get(name) for name in names]
         return Layers(self._once(names), packed(record.layer_errors.values()), packed(outputs))
 
     def _once(self, section: Any) -> Any:
@@ -175,8 +177,9 @@ class _Known:
         return self.sections.setdefault(text, text)
 
 
-def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """At most about MOST_STEPS points, the last one among them."""
+def _thinned(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
+    """At most about MOST_STEPS points, the last one among them; those without a number are left out."""
+    points = [point for point in points if None not in point and all(map(math.isfinite, point))]
     every = -(-len(points) // MOST_STEPS)
     return [*points[: len(points) - 1 : every], *points[-1:]] if every > 1 else list(points)
 

@@ -330,7 +330,8 @@ function latencyFigures(comparison, field, heading, label) {
     const x = { title: label === "batch" ? "batch, sequences" : "context, tokens", scale: "log", base: 2, values: sizes, domain: domainOf(sizes, { scale: "log" }) };
     const y = { title: "time per output token, ms", scale: "log", domain: domainOf(points.flatMap((p) => [p.yl, p.yh, p.least ?? p.y]), { scale: "log" }) };
     const dense = all.filter((run) => run.dense);
-    const facets = familiesOf(all).map((family) => {
+    const families = familiesOf(all);
+    const facets = (families.length ? families : ["Dense"]).map((family) => {
       const some = [...dense, ...all.filter((run) => !run.dense && run.family === family)];
       const names = some.map(named);
       const styleOf = (name, n) => n < dense.length ? referenceLook() : look(n - dense.length);
@@ -640,6 +641,7 @@ function start() {
   drawLaw();
   failuresTable();
   if (comparisons.length) choose(largest);
+  else document.querySelectorAll("main > section:not(#failures)").forEach((section) => { section.hidden = true; });
   night.addEventListener("change", redraw);
   let width = innerWidth, timer;
   addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; clearTimeout(timer); timer = setTimeout(redraw, 150); });

@@ -143,7 +143,7 @@ def test_the_roofline_is_the_least_time_that_the_bytes_allow():
 
 def test_packed_numbers_are_within_an_eighth_of_a_percent():
     values = [1e-12, 3.3e-7, 0.0123, 1.0, 7.5e9]
-    codes = np.frombuffer(base64.b64decode(packed([*values, 0.0, math.nan])), dtype="<u2")
+    codes = np.frombuffer(base64.b64decode(packed([*values, 0.0, None])), dtype="<u2")
     assert 10 ** (codes[:5] / 1000 - 12) == pytest.approx(values, rel=0.00125)
     assert codes[5:].tolist() == [0, 65535]
 
@@ -257,6 +257,18 @@ def test_a_hostile_name_stays_text_and_only_our_scripts_may_run():
 def test_json_in_a_script_has_no_tag_and_is_the_same_json():
     assert "<" not in json_for_script({"a": HOSTILE})
     assert json.loads(json_for_script({"a": HOSTILE})) == {"a": HOSTILE}
+
+
+def test_what_is_no_number_or_no_command_stops_no_page(tmp_path):
+    """A loss that became NaN is null in the record; a setting may be infinite, a quotation may not end."""
+    run = record("gptq", 4, method={"limit": math.inf})
+    curve = [[0, 3.0], [1, None], [2, 2.0], [3, 1.0]]
+    errors = {"model.layers.0.q": None, "model.layers.1.q": 0.5}
+    odd = {"curves": {"loss": curve}, "layer_errors": errors, "layer_output_errors": {}, "command": "python 'quoted"}
+    write_all([record("dense"), replace(run, **odd)], tmp_path)
+    data = page_data(read_folders(tmp_path))
+    assert [run["curves"]["loss"] for run in data["runs"] if "curves" in run] == [[[0, 3], [2, 2], [3, 1]]]
+    assert json.loads(json_for_script(data)) == json.loads(json.dumps(data))
 
 
 def test_a_page_is_the_same_whenever_it_is_made():

@@ -81,24 +81,26 @@ def browser():
 @pytest.fixture
 def visit(browser, report):
     """Open the page in a window of this size and scheme; at the end it must have been silent and self-contained."""
-    complaints, requests, contexts = [], [], []
+    complaints, requests, contexts, visited = [], [], [], []
 
-    def visit(width=1300, height=900, scheme="light"):
+    def visit(width=1300, height=900, scheme="light", file=report):
+        visited.append(file.as_uri())
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(report.as_uri())
+        page.goto(file.as_uri())
         page.wait_for_selector("body[data-ready]")
-        page.locator("#pareto figure").first.scroll_into_view_if_needed()
-        page.wait_for_selector("#pareto .plot[data-drawn]")
+        if file == report:
+            page.locator("#pareto figure").first.scroll_into_view_if_needed()
+            page.wait_for_selector("#pareto .plot[data-drawn]")
         return page
 
     yield visit
     assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()] * len(contexts)
+    assert [url for url in requests if not url.startswith("data:")] == visited
     for context in contexts:
         context.close()
 
@@ -224,6 +226,27 @@ def test_failures_are_listed_with_their_reason(visit):
     listed = visit().locator("#failed").inner_text()
     assert "out of memory: 3.1 GB asked, 2.0 GB free" in listed
     assert "run, compress" in listed
+
+
+@pytest.mark.parametrize(
+    ("records", "sections"),
+    [
+        ([record("dense")], ["choice", "latency", "table", "failures", "provenance"]),
+        ([failed(record("awq", 3))], ["choice", "table", "failures", "provenance"]),
+        ([], ["failures"]),
+    ],
+    ids=["dense alone", "a failure alone", "nothing that can be read"],
+)
+def test_a_page_of_little_has_only_the_sections_that_say_something(visit, tmp_path, records, sections):
+    write_all(records, tmp_path)
+    if not records:
+        torn = tmp_path / "records" / "model" / "torn.json"
+        torn.parent.mkdir(parents=True)
+        torn.write_text("{", encoding="utf-8")
+    assert main([f"paths.results={tmp_path}"]) == (0 if records else 1)
+    page = visit(file=tmp_path / "report.html")
+    assert page.evaluate("[...document.querySelectorAll('section:not([hidden])')].map((s) => s.id)") == sections
+    assert page.locator("figure:has(.facets:empty)").count() == 0
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1300, "dark")])
