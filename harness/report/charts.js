@@ -86,7 +86,7 @@ function axis(one, theme, count) {
   const scale = { type: one.scale, domain: one.domain, nice: false, ...(one.scale !== "log" && { zero: false }), ...(one.base && { base: one.base }),
     ...(one.scale === "symlog" && { constant: one.constant }) };
   const values = one.values ?? (one.scale === "symlog" ? symlogTicks(one.domain, one.constant) : undefined);
-  return { type: "quantitative", scale, title: one.title, axis: { format: one.format ?? ".6~g", tickCount: count, labelOverlap: "greedy",
+  return { type: "quantitative", scale, title: one.title, axis: { format: one.format ?? ".6~g", tickCount: values ? 99 : count, labelOverlap: "greedy",
     labelSeparation: 4, grid: true, gridOpacity: 0.45, ...(values && { values }) } };
 }
 

@@ -468,8 +468,8 @@ const sortKey = (text, words) => {
 const compare = (a, b) => typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
 
 /** A table that sorts by its heads and is filtered by words, by family, and by what collapsed.
- *  columns: { head, words, wide }; rows: { cells: [{ text, node }], run }. */
-function sortable(host, caption, allColumns, allRows) {
+ *  columns: { head, words, wide }; rows: { cells: [{ text, node }], run }; ofRuns: whether a row is a run. */
+function sortable(host, caption, allColumns, allRows, ofRuns = true) {
   const used = allColumns.map((_, k) => k).filter((k) => k === 0 || allRows.some((row) => row.cells[k].text || row.cells[k].mark));
   const columns = used.map((k) => allColumns[k]);
   const rows = allRows.map((row) => ({ ...row, cells: used.map((k) => row.cells[k]) }));
@@ -505,7 +505,7 @@ function sortable(host, caption, allColumns, allRows) {
 
   for (const control of [words, family, sane]) control.addEventListener("input", () => { state.shown = ROWS; fill(); });
   const filters = [element("label", {}, "Filter ", words), ...(families.length > 1 ? [element("label", {}, "Family ", family)] : []),
-    ...(rows.some((row) => row.run?.collapsed) ? [element("label", {}, sane, " without collapsed and failed runs")] : []), count];
+    ...(ofRuns && rows.some((row) => row.run?.collapsed) ? [element("label", {}, sane, " without collapsed and failed runs")] : []), count];
   host.replaceChildren(element("p", { class: "controls" }, ...filters),
     element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, element("table", {}, element("caption", { class: "unseen" }, caption),
       element("thead", {}, element("tr", {}, heads)), body)), more);
@@ -543,7 +543,7 @@ function failuresTable() {
   const rows = [...failed, ...gaps, ...unread];
   if (!rows.length) byId("failed").replaceChildren(element("p", {}, "None: every run finished and every number was measured."));
   else sortable(byId("failed"), "Failures and gaps", [{ head: "Run", words: true }, { head: "Bits" }, { head: "What", words: true, wide: true }, { head: "Reason", words: true, wide: true }, { head: "Folder", words: true },
-    { head: "Command", words: true, wide: true }], rows);
+    { head: "Command", words: true, wide: true }], rows, false);
 }
 
 function provenance(comparison) {
