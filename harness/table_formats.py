@@ -152,43 +152,77 @@ def _superscript(numbers: Sequence[int]) -> str:
 # ---------------------------------------------------------------------------------------------------- LaTeX
 
 
+LATEX_WIDTH = 100  # characters of the smallest size on the narrowest usual page, that of `article`
+LATEX_ROWS = 55  # of them on one page
+
+
 def to_latex(title: str, blocks: Sequence[Block], absent: str = "") -> str:
-    """One `table*` per block, to be read in with \\input; needs no package."""
-    tables = [_latex_table(title, block) for block in blocks]
+    """`table*` floats, to be read in with \\input; needs no package.
+
+    A float cannot break: rows beyond a page and columns beyond its width go into further floats of the same block,
+    and what is said about a block stands below them as text.
+    """
+    tables = [_latex_block(title, block) for block in blocks]
     if absent:
         tables.append(f"not run here: {markup.latex(absent)}")
     return "\n\n".join(tables) + "\n"
 
 
-def _latex_table(title: str, block: Block) -> str:
-    heads = " & ".join(markup.latex(head) for head in _heads(block))
+def _latex_block(title: str, block: Block) -> str:
+    caption = markup.latex(f"{title}: {block.title}" if title else block.title)
+    widths = [
+        max(len(head), *(_latex_length(row.cells[k]) for row in block.rows if row.cells), 1)
+        for k, head in enumerate(_heads(block))
+    ]
+    parts = []
+    for columns in _columns_by_part(widths, block, LATEX_WIDTH):
+        for first in range(0, max(1, len(block.rows)), LATEX_ROWS):
+            rows = _with_heading(block.rows, first, first + LATEX_ROWS)
+            parts.append(_latex_float(caption + (", continued" if parts else ""), block, columns, rows))
     below = [markup.latex(line) for line in (*block.protocol, *block.signs, *_interval_sign(block))]
     below += [f"$^{{{k}}}$ {markup.latex(text)}" for k, text in enumerate(block.notes, 1)]
     below += [f"not run here: {markup.latex(block.absent)}"] if block.absent else []
+    below.insert(0, rf"\textbf{{{caption}}}")
+    notes = ["{\\scriptsize\\raggedright\\noindent", "\\par\\noindent\n".join(below), "\\par}"]
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
+    """Rows of one page, below the heading that they belong to, and no heading as the last of them."""
+    before = next((row for row in reversed(rows[:first]) if row.group), None)
+    page = list(rows[first:last])
+    if page and not page[0].group and before is not None:
+        page.insert(0, before)
+    return page[:-1] if len(page) > 1 and page[-1].group and last < len(rows) else page
+
+
+def _latex_length(cell: Cell) -> int:
+    words = [cell.value, cell.interval, cell.sign]
+    return len(" ".join(filter(None, words))) + len(",".join(map(str, cell.notes))) // 2
+
+
+def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
+    heads = _heads(block)
     lines = [
         r"\begin{table*}",
-        rf"\caption{{{markup.latex(title)}: {markup.latex(block.title)}}}",
+        rf"\caption{{{caption}}}",
         r"\centering\tiny\setlength{\tabcolsep}{2pt}",
-        rf"\begin{{tabular}}{{{''.join('l' if k in block.words else 'r' for k in range(len(block.heads)))}}}",
+        rf"\begin{{tabular}}{{{''.join('l' if k in block.words else 'r' for k in columns)}}}",
         r"\hline",
-        rf"{heads} \\",
+        " & ".join(markup.latex(heads[k]) for k in columns) + r" \\",
         r"\hline",
-        *(_latex_row(row, len(block.heads)) for row in block.rows),
+        *(_latex_row(row, columns) for row in rows),
         r"\hline",
         r"\end{tabular}",
-        "",
-        r"\smallskip\begin{minipage}{\textwidth}\scriptsize\raggedright",
-        "\\par\n".join(below),
-        r"\end{minipage}",
         r"\end{table*}",
     ]
     return "\n".join(lines)
 
 
-def _latex_row(row: Row, columns: int) -> str:
+def _latex_row(row: Row, columns: Sequence[int]) -> str:
     if row.group:
-        return rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
-    return " & ".join(_latex_cell(cell) for cell in row.cells) + r" \\"
+        return rf"\multicolumn{{{len(columns)}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
+    return " & ".join(_latex_cell(row.cells[k]) for k in columns) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:

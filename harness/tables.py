@@ -2,6 +2,7 @@
 
     python -m harness.tables table_1                                  prints table I, writes results/tables/table_1.*
     python -m harness.tables all paths.results=DIR model=NAME         every table, of one model
+    python -m harness.tables table_1 across=model                     models side by side under one protocol
     python -m harness.tables table_1 strict=true                      an error instead of several blocks
 
 One block of a table holds rows that may be compared: the same model, hardware, engine, machine, text and protocol
@@ -22,7 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from harness.records import (
     RunRecord,
     write_text_atomically,
 )
+from harness.side_by_side import KINDS, in_one
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
 from harness.wheels import default_cache
@@ -246,13 +248,23 @@ def _hardware_name(record: RunRecord) -> str:
 
 
 def blocks_of(
-    table: Table, records: Sequence[RunRecord], strict: bool = False, judge: Judge | None = None
+    table: Table,
+    records: Sequence[RunRecord],
+    strict: bool = False,
+    judge: Judge | None = None,
+    across: str | None = None,
 ) -> list[Block]:
-    """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
+    """The blocks of one table. Dense runs come along where a system of the table stands beside them.
+
+    across: "model" or "machine", to set them side by side in one block. Raises ConfigError where they do not compare.
+    """
     rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
     split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
+    if across is not None:
+        names = {"model": lambda r: r.model, "machine": lambda r: f"{_hardware_name(r)} · {machine_in_words(r)}"}
+        return [in_one(split, across, names, _protocol, lambda side: _block(side, table.groups, judge, short=True))]
     return [_block(records, table.groups, judge) for records in split]
 
 
@@ -270,11 +282,15 @@ def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
 
 
 def _block(
-    records: list[RunRecord], groups: Sequence[Group] = (), judge: Judge | None = None, short: bool = False
+    records: list[RunRecord],
+    groups: Sequence[Group] = (),
+    judge: Judge | None = None,
+    short: bool = False,
+    footnotes: bool = True,
 ) -> Block:
     """One block. With groups, their headings stand between the rows and their systems without a record below.
 
-    short: the columns that most questions are about, without kernels and footnotes.
+    short: the columns that most questions are about, without kernels.
     """
     judge = replace(judge or Judge(), tests=set())
     records = sorted(records, key=_order)
@@ -287,6 +303,7 @@ def _block(
     swept = _sparsities(records)
     labels = row_labels(records)
     notes = _Notes()
+    remarks = partial(_remarks, beside=records) if footnotes else lambda _: []
     best, same = _best(records, columns, judge), _same_as_dense(records, columns, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
     rows: list[Row] = []
@@ -299,7 +316,7 @@ def _block(
         cells = [
             Cell(
                 labels[record.id],
-                notes=() if short else tuple(notes.number(text) for text in _remarks(record, records)),
+                notes=tuple(notes.number(text) for text in remarks(record)),
             ),
             Cell(_widths(record)),
         ]
@@ -913,7 +930,7 @@ def summary_table(records: Iterable[RunRecord], judge: Judge | None = None) -> s
 
 def short_table(records: Iterable[RunRecord], judge: Judge | None = None) -> str:
     """The same with fewer columns and without footnotes, for the end of a sweep."""
-    blocks = [_block(block, judge=judge, short=True) for block in comparable(records)]
+    blocks = [_block(block, judge=judge, short=True, footnotes=False) for block in comparable(records)]
     return to_markdown("", blocks, width=terminal_width())
 
 
@@ -928,10 +945,15 @@ def terminal_width() -> int:
 
 
 def write_table(
-    table: Table, records: Sequence[RunRecord], folder: Path, strict: bool = False, judge: Judge | None = None
+    table: Table,
+    records: Sequence[RunRecord],
+    folder: Path,
+    strict: bool = False,
+    judge: Judge | None = None,
+    across: str | None = None,
 ) -> str:
     """Write `folder/table_N.{md,tex,html,csv}`, each atomically, and return the Markdown."""
-    blocks = blocks_of(table, records, strict, judge)
+    blocks = blocks_of(table, records, strict, judge, across)
     title = f"Table {table.number}: {table.title}"
     absent = "" if blocks else ", ".join(system.title for system in table.systems)
     shown = [r for r in records if _group(r) in table.groups or (blocks and _name(r) == DENSE.name)]
@@ -966,9 +988,10 @@ options
   paths.results=DIR   where records/ is read and tables/ is written (default: results)
   model=NAME[,NAME]   records of these models alone
   hardware=NAME[,…]   records of these hardware configurations alone
+  across=model        models side by side, under one protocol on one machine; across=machine: machines, one model
   strict=true         an error instead of several blocks when protocols or machines differ
 """
-OPTIONS = ("paths.results", "model", "hardware", "strict")
+OPTIONS = ("paths.results", "model", "hardware", "across", "strict")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -985,8 +1008,11 @@ def main(arguments: Sequence[str]) -> int:
         records = chosen(records, options)
         folder, judge = results / "tables", judge_of(results)
         strict = options.get("strict", "false").lower() == "true"
+        across = options.get("across")
+        if across is not None:
+            check_name(across, KINDS, "across")
         for name in names:
-            print(write_table(table_named(name), records, folder, strict, judge))
+            print(write_table(table_named(name), records, folder, strict, judge, across))
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
