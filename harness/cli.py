@@ -19,6 +19,7 @@ from typing import Any
 from harness import stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
+from harness.redaction import redact
 from harness.run import CONF, Outcome, Paths, make, run
 
 GROUPS = {  # the order in which help lists them
@@ -205,7 +206,7 @@ def _say(line: str) -> None:
 
 def _report(outcome: Outcome) -> None:
     if outcome.status in ("refused", "failed"):
-        print(f"{outcome.title}: {outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+        print(redact(f"{outcome.title}: {outcome.status}: {outcome.reason}"), file=sys.stderr, flush=True)
     else:
         what = "already recorded" if outcome.status == "skipped" else "finished"
         _say(f"{outcome.title}: {outcome.reason if outcome.path is None else f'{what}, {outcome.path}'}")

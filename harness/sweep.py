@@ -13,6 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from harness.records import read_record, write_json_atomically
+from harness.redaction import redact
 from harness.run import Outcome
 
 OUTCOME_FILE = "outcome.json"
@@ -22,7 +23,7 @@ STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "fa
 def remember(outcome: Outcome, folder: Path) -> None:
     """Leave the outcome of one job in its folder."""
     paths = [str(path) for path in (outcome.baseline, outcome.path) if path is not None]
-    entry = {"status": outcome.status, "title": outcome.title, "reason": outcome.reason, "records": paths}
+    entry = {"status": outcome.status, "title": outcome.title, "reason": redact(outcome.reason), "records": paths}
     write_json_atomically(entry, folder / OUTCOME_FILE)
 
 
