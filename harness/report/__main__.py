@@ -81,7 +81,7 @@ def write_report(results: Path, output: Path, options: dict[str, str], command: 
         script = library.result()
     kept = set(map(id, chosen([record for records in found.folders.values() for record in records], options)))
     found.folders = {folder: [r for r in records if id(r) in kept] for folder, records in found.folders.items()}
-    data, broken = page_data(found), found.broken
+    data, broken = page_data(found, options.get("paths.results", "")), found.broken
     del found  # what follows needs the memory
     write_bytes_atomically(page(data, command, script), output)
     gc.enable()

@@ -187,8 +187,11 @@ def _thinned(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
 # ------------------------------------------------------------------------------------------------------ the page
 
 
-def page_data(found: Found) -> dict[str, Any]:
-    """Everything on the page. `comparisons` hold runs that may be compared; nothing is drawn across two of them."""
+def page_data(found: Found, where: str = "") -> dict[str, Any]:
+    """Everything on the page. `comparisons` hold runs that may be compared; nothing is drawn across two of them.
+
+    where: the results folder as a user typed it, for commands on the page; "" for the usual one.
+    """
     shared = Shared()
     runs: list[dict[str, Any]] = []
     comparisons = []
@@ -209,6 +212,7 @@ def page_data(found: Found) -> dict[str, Any]:
         "runs": runs,
         "scaling": shown(scaling),
         "broken": shown(found.broken),
+        "results": plain(where),
         "shared": shared.values,
     }
 

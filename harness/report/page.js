@@ -106,7 +106,7 @@ function openRun(run) {
     ["Ran", [run.started, run.finished].filter(Boolean).join(" to ")], ["Paper", run.paper]].filter(([, text]) => text);
   const sections = (title, places) => element("details", {}, element("summary", {}, title),
     ...Object.entries(places).map(([name, place]) => [element("h4", {}, name), element("pre", {}, JSON.stringify(shared[place], null, 2))]).flat());
-  const commands = [["The command that made it", run.command], ["This run alone", run.alone !== run.command && run.alone]].filter(([, text]) => text).flatMap(([title, text]) => {
+  const commands = [["The command that made it", run.command], ["This run alone", run.alone !== run.command && run.alone], ["Everything behind it, layer by layer", showCommand(run)]].filter(([, text]) => text).flatMap(([title, text]) => {
     const code = element("code", {}, text);
     return [element("h3", {}, title), element("pre", {}, code), element("button", { type: "button", onclick: () => copy(code) }, "Copy")];
   });
@@ -119,6 +119,13 @@ function openRun(run) {
         high === undefined ? "" : `${number(low)} to ${number(high)}`, shared[unit], shared[workload], shared[note]]), [1, 2])),
     sections("Configuration", run.config), sections("Environment", run.environment));
   byId("run").showModal();
+}
+
+/** The command that explains a run: its id, and where its records are if not in the usual place. */
+function showCommand(run) {
+  const where = run.folder ? `${data.results || "results"}/${run.folder}` : data.results;
+  const quoted = /^[\w./-]*$/.test(where) ? where : `'${where.replaceAll("'", "'\\''")}'`;
+  return ["python -m harness.show", run.id, where && `paths.results=${quoted}`].filter(Boolean).join(" ");
 }
 
 async function copy(node) {
@@ -200,9 +207,33 @@ function symbol({ colour, shape, dash }) {
 function figure(title, controls, caption, facets, numbers) {
   const details = element("details", { ontoggle: () => details.open && !details.querySelector("table") && details.append(plainTable(title, ...numbers())) },
     element("summary", {}, "The numbers of this figure as a table"));
-  return element("figure", {}, element("div", { class: "controls" }, element("h3", {}, title), ...controls),
-    element("figcaption", {}, caption), element("div", { class: facets.length > 1 ? "facets" : "facets single" }, facets), details);
+  const made = element("figure", {}, element("div", { class: "controls" }, element("h3", {}, title), ...controls),
+    element("figcaption", {}, caption), element("div", { class: facets.length > 1 ? "facets" : "facets single" }, facets), details,
+    element("button", { type: "button", class: "link", onclick: () => saveDrawings(title, made) }, "Save as SVG"));
+  return made;
 }
+
+/** Let the browser save a text as a file. */
+function save(name, type, text) {
+  const anchor = element("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 1000);
+}
+
+const fileName = (...words) => words.join(" ").toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 80);
+
+/** One SVG file for each plot of a figure, on the ground it was drawn for. */
+async function saveDrawings(title, made) {
+  for (const one of made.querySelectorAll(".facets > div")) {
+    await render(one.querySelector(".plot"));
+    const svg = one.querySelector("svg").cloneNode(true);
+    svg.style.background = getComputedStyle(document.body).backgroundColor;
+    save(`${fileName(title, one.querySelector("h4").textContent)}.svg`, "image/svg+xml", new XMLSerializer().serializeToString(svg));
+  }
+}
+
+/** A cell of CSV that no spreadsheet takes for a formula. */
+const csvCell = (text) => `"${(/^[=+@-]/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
 
 function plainTable(caption, heads, rows, numeric = []) {
   const kind = (k) => ({ class: numeric.includes(k) ? "" : "words" });
@@ -485,27 +516,32 @@ function sortable(host, caption, allColumns, allRows, ofRuns = true) {
     element("button", { type: "button", onclick: () => { state.down = state.column === k && !state.down; state.column = k; fill(); } }, column.head)));
   rows.forEach((row) => { row.text = row.cells.map((cell) => cell.text).join(" ").toLowerCase(); });
 
-  function fill() {
+  /** The rows that pass the filters, in the order that was chosen. */
+  function kept() {
     const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const kept = rows.filter((row) => wanted.every((word) => row.text.includes(word)) && (!family.value || row.run?.family === family.value)
+    const passing = rows.filter((row) => wanted.every((word) => row.text.includes(word)) && (!family.value || row.run?.family === family.value)
       && !(sane.checked && (row.run?.collapsed || row.run?.failed)));
-    if (state.column >= 0) {
-      const key = (row) => sortKey(row.cells[state.column].text, columns[state.column].words);
-      const [full, blank] = [kept.filter((row) => key(row) !== null), kept.filter((row) => key(row) === null)];
-      full.sort((a, b) => (state.down ? -1 : 1) * compare(key(a), key(b)));
-      kept.splice(0, kept.length, ...full, ...blank);
-    }
+    if (state.column < 0) return passing;
+    const key = (row) => sortKey(row.cells[state.column].text, columns[state.column].words);
+    const [full, blank] = [passing.filter((row) => key(row) !== null), passing.filter((row) => key(row) === null)];
+    return [...full.sort((a, b) => (state.down ? -1 : 1) * compare(key(a), key(b))), ...blank];
+  }
+
+  function fill() {
+    const some = kept();
     heads.forEach((head, k) => k === state.column ? head.setAttribute("aria-sort", state.down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
     heads.forEach((head, k) => { head.firstChild.textContent = columns[k].head + (k === state.column ? (state.down ? " ▼" : " ▲") : ""); });
-    body.replaceChildren(...kept.slice(0, state.shown).map((row) => element("tr", {}, row.cells.map((cell, k) => element(k ? "td" : "th",
+    body.replaceChildren(...some.slice(0, state.shown).map((row) => element("tr", {}, row.cells.map((cell, k) => element(k ? "td" : "th",
       { class: [columns[k].words && "words", columns[k].wide && "wide"].filter(Boolean).join(" ") || undefined, scope: k ? undefined : "row" }, cell.node ? cell.node() : cell.text)))));
-    count.textContent = `${Math.min(kept.length, state.shown)} of ${rows.length} rows`;
-    more.hidden = kept.length <= state.shown;
+    count.textContent = `${Math.min(some.length, state.shown)} of ${rows.length} rows`;
+    more.hidden = some.length <= state.shown;
   }
 
   for (const control of [words, family, sane]) control.addEventListener("input", () => { state.shown = ROWS; fill(); });
   const filters = [element("label", {}, "Filter ", words), ...(families.length > 1 ? [element("label", {}, "Family ", family)] : []),
-    ...(ofRuns && rows.some((row) => row.run?.collapsed) ? [element("label", {}, sane, " without collapsed and failed runs")] : []), count];
+    ...(ofRuns && rows.some((row) => row.run?.collapsed) ? [element("label", {}, sane, " without collapsed and failed runs")] : []), count,
+    element("button", { type: "button", class: "link", onclick: () => save(`${fileName(caption)}.csv`, "text/csv",
+      [columns.map(({ head }) => head), ...kept().map((row) => row.cells.map(({ text }) => text))].map((line) => line.map(csvCell).join(",")).join("\r\n")) }, "Save these rows as CSV")];
   host.replaceChildren(element("p", { class: "controls" }, ...filters),
     element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, element("table", {}, element("caption", { class: "unseen" }, caption),
       element("thead", {}, element("tr", {}, heads)), body)), more);

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -100,7 +102,7 @@ def visit(browser, report):
 
     yield visit
     assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == visited
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == visited
     for context in contexts:
         context.close()
 
@@ -160,7 +162,7 @@ def test_filtering_by_words_family_and_collapse(visit):
 
 
 @pytest.mark.parametrize("by", ["pointer", "keys"])
-def test_a_point_tells_method_settings_and_command(visit, by):
+def test_a_point_tells_method_settings_and_command(visit, report, by):
     page = visit()
     points = page.locator("#pareto .plot").first.locator("path[tabindex]")
     if by == "pointer":
@@ -174,9 +176,10 @@ def test_a_point_tells_method_settings_and_command(visit, by):
     assert COMMAND in told
     if by == "keys":
         page.keyboard.press("Enter")
-        made, alone = page.locator("dialog[open] pre").all_inner_texts()[:2]
+        made, alone, shown = page.locator("dialog[open] pre").all_inner_texts()[:3]
         assert made == COMMAND
         assert alone.startswith("python -m harness method=gptq ")
+        assert re.fullmatch(rf"python -m harness\.show \w+ paths\.results={report.parent}", shown)
         page.keyboard.press("Escape")
         assert page.locator("dialog[open]").count() == 0
         assert page.evaluate("document.activeElement.getAttribute('aria-label')")  # back on the point
@@ -194,6 +197,20 @@ def test_a_legend_hides_a_method(visit):
         arg=[facet.element_handle(), before],
     )
     assert facet.get_by_role("button", name="GPTQ", exact=True).get_attribute("aria-pressed") == "false"
+
+
+def test_what_is_shown_can_be_saved(visit):
+    """CSV of the rows that pass the filter, in their order; every plot of a figure as an SVG file."""
+    page = visit()
+    page.locator("#results input[type=search]").fill("gptq")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save these rows as CSV").first.click()
+    lines = list(csv.reader(saved.value.path().read_text(encoding="utf-8").splitlines()))
+    assert [line[0] for line in lines[1:]] == [name.strip() for name in column(page, "Method")] == ["GPTQ", "GPTQ"]
+    with page.expect_download() as saved:
+        page.locator("#pareto figure").first.get_by_role("button", name="Save as SVG").click()
+    assert saved.value.path().read_text(encoding="utf-8").startswith("<svg")
+    assert saved.value.suggested_filename.endswith(".svg")
 
 
 def test_choosing_a_comparison_changes_all_that_depends_on_it(visit):
