@@ -134,7 +134,11 @@ def machine() -> dict[str, Any]:
 
 def machine_fingerprint() -> str:
     """A short digest of what decides speed: processor, cores and GPUs. Memory size is left out: it varies by boot."""
-    parts = machine()
+    return fingerprint_of(machine())
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    """The fingerprint of a machine as a record describes it."""
     key = f"{parts['processor']}|{parts['cores']}|{parts['architecture']}|{parts['gpus']}"
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 

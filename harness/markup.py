@@ -5,6 +5,9 @@ from __future__ import annotations
 import html as html_entities
 import re
 import unicodedata
+from functools import lru_cache
+
+REMEMBERED = 2**16  # texts: the same cells stand in thousands of rows
 
 # Control characters can drive a terminal; format characters can turn the direction of what follows around.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn")
@@ -44,6 +47,8 @@ _LATEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - set("ÐðÞþ×÷")
 
 def plain(text: str) -> str:
     """One line without control or direction characters; runs of white space become one space."""
+    if text.isprintable():  # nearly all texts; what follows looks at one character after the other
+        return re.sub(r" +", " ", text).strip()
     spaced = "".join(
         " " if character.isspace() else character
         for character in text
@@ -52,6 +57,7 @@ def plain(text: str) -> str:
     return re.sub(r" +", " ", spaced).strip()
 
 
+@lru_cache(REMEMBERED)
 def markdown(text: str) -> str:
     """Text that a Markdown renderer shows as it is, also inside a table cell."""
     escaped = re.sub(r"([\\`*\[\]|~$])", r"\\\1", plain(text))
@@ -60,6 +66,7 @@ def markdown(text: str) -> str:
     return re.sub(r"^([#+-]|\d+[.)])(?=\s|$)", r"\\\1", escaped)
 
 
+@lru_cache(REMEMBERED)
 def latex(text: str) -> str:
     """Text that pdflatex sets as it is; a character without a command becomes its code point."""
     return "".join(_latex_character(character) for character in plain(text))
@@ -73,6 +80,7 @@ def _latex_character(character: str) -> str:
     return f"[U+{ord(character):04X}]"
 
 
+@lru_cache(REMEMBERED)
 def html(text: str) -> str:
     """Text for an element or a quoted attribute."""
     return html_entities.escape(plain(text), quote=True)

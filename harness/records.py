@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class RunRecord:
     measurements: list[Measurement] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)  # learning curves: [[step, value], ...]
+    layer_errors: dict[str, float] = field(default_factory=dict)  # linear -> relative weight error, see layer_errors
+    layer_output_errors: dict[str, float] = field(default_factory=dict)  # linear -> relative error of what it puts out
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: dict[str, Any] = field(default_factory=dict)  # path, bytes, sha256
     failure: Failure | None = None
@@ -89,12 +92,25 @@ class RunRecord:
 
     def find(self, metric: str, on: str | None = None) -> Measurement | None:
         """The first measurement with this metric (and, if given, exactly this `on`)."""
-        return next((m for m in self.measurements if m.metric == metric and (on is None or m.on == on)), None)
+        return self._places.get((metric, on))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str | None], Measurement]:
+        """Measurements by metric and `on`, and the first of each metric: tables look thousands of them up."""
+        places: dict[tuple[str, str | None], Measurement] = {}
+        for m in self.measurements:
+            places.setdefault((m.metric, m.on), m)
+            places.setdefault((m.metric, None), m)
+        return places
 
 
 def to_json(record: RunRecord) -> dict[str, Any]:
     """The record as plain JSON values, secrets masked. NaN and infinity are not numbers JSON has: they become null."""
-    return redacted(_finite(asdict(record)))
+    values = asdict(record)
+    for name in ("layer_errors", "layer_output_errors"):  # a dense model, and every older record, has none
+        if not values[name]:
+            del values[name]
+    return redacted(_finite(values))
 
 
 def from_json(data: dict[str, Any]) -> RunRecord:
@@ -114,7 +130,9 @@ def from_json(data: dict[str, Any]) -> RunRecord:
 def measurement_from_json(data: dict[str, Any]) -> Measurement:
     """One measurement from its JSON values. An interval with an end that is no number is no interval."""
     interval = data.get("interval")
-    known = bool(interval) and all(end is not None for end in interval)
+    if interval is None:
+        return Measurement(**data)
+    known = bool(interval) and None not in interval
     return Measurement(**{**data, "interval": tuple(interval) if known else None})
 
 

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from harness.corpus import Corpus
     from harness.engines.choice import EngineChoice
     from harness.evaluation import Probe
-    from harness.method import Method
+    from harness.layer_errors import LayerErrors
+    from harness.method import LanguageModel, Method
     from harness.models import ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -365,6 +366,7 @@ def _measure(
     try:
         report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
+        record = replace(record, **report.get("layers", {}))
         record.environment.update(report["origin"])
         measurements += _cost_measurements(report["cost"])
         folders = {"samples": str(samples), "kept": str(kept)}
@@ -410,7 +412,6 @@ def _compress(
         log=log / "compress.txt",
     )
     report = result.value
-    report["cost"]["peak_host_bytes"] = result.peak_bytes
     write_json_atomically(report, kept)
     say(f"  compress: {result.seconds:.0f} s")
     return report
@@ -460,13 +461,17 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         return {}
     artifacts.save(compressed, folder)
     shutil.rmtree(scratch, ignore_errors=True)  # only now: a killed run goes on from what it left there
+    peak_device = torch.cuda.max_memory_allocated() if on_gpu else None
+    peak_host = environment.peak_resident_bytes()
+    layers = _layer_errors(config, parts, Path(cache), compressed)  # after the peaks: it loads the original again
     calibrates = config["card"].get("calibrates", True)
     cost = {
         # a dense model was not compressed: an empty cell, not a zero
         # what it would have cost alone: a sweep that reuses statistics must not make its later rows look cheaper
         "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_device_bytes": peak_device,
+        "peak_host_bytes": peak_host,
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates is True else 0,
         "training_tokens": learned.tokens,
         "spared_seconds": learned.spared_seconds,
@@ -477,9 +482,31 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     return {
         "cost": cost,
         "artifact": {"path": folder.name, "bytes": artifacts.stored_bytes(folder), "sha256": artifacts.sha256(folder)},
-        "origin": {"model_origin": origin, "text": provenance},
+        "origin": {
+            "model_origin": origin,
+            "text": provenance,
+            **({"no_layer_errors": layers.absent} if layers.absent else {}),
+        },
         "curves": learned.thinned(),
+        "layers": {"layer_errors": layers.weights, "layer_output_errors": layers.outputs},
     }
+
+
+def _layer_errors(config: dict[str, Any], parts: Parts, cache: Path, compressed: LanguageModel) -> LayerErrors:
+    """What compressing did to each linear; without the memory for a second model the reason instead, and no failure."""
+    import torch
+
+    from harness.layer_errors import LayerErrors, layer_errors, passage_tokens
+
+    if is_dense(config):
+        return LayerErrors()
+    try:
+        dtype = getattr(torch, parts.hardware.scoring_dtype)
+        original, _ = parts.model.load(cache, parts.hardware.device, dtype)
+        tokens = passage_tokens(original.tokenizer, parts.hardware.device)
+        return layer_errors(compressed.module, original.module, tokens, compressed.storage_dtype)
+    except (RunError, ConfigError, MemoryError, torch.OutOfMemoryError) as error:
+        return LayerErrors(absent=f"not measured: {type(error).__name__}: {error}")
 
 
 def evaluate(

@@ -56,6 +56,19 @@ def break_even(
     return found
 
 
+def break_even_tokens(compress_seconds: float, own: Measurement, dense: Measurement) -> float | None:
+    """Generated tokens after which the time saved on each has paid for the seconds of compressing.
+
+    own, dense: milliseconds per output token of one workload. None where this one is no faster, or not beyond the
+    intervals.
+    """
+    if own.value is None or dense.value is None or own.value >= dense.value:
+        return None
+    if own.interval and dense.interval and own.interval[1] >= dense.interval[0]:
+        return None
+    return 1000 * compress_seconds / (dense.value - own.value)
+
+
 def _request_seconds(measurements: Sequence[Measurement]) -> dict[str, float]:
     first = {m.on: m.value for m in measurements if m.metric == "time_to_first_token_ms" and m.value is not None}
     later = {m.on: m.value for m in measurements if m.metric == "time_per_output_token_ms" and m.value is not None}

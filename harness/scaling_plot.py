@@ -36,7 +36,7 @@ options
 
 @dataclass(frozen=True)
 class Point:
-    """One run. bits: of the whole model as stored; interval: of the metric."""
+    """One run. bits: of the whole model as stored; interval: of the metric; record: its id."""
 
     model: str
     line: str  # data type and block size
@@ -44,6 +44,7 @@ class Point:
     bits: float
     value: float
     interval: tuple[float, float] | None
+    record: str = ""
 
 
 def points_of(records: Sequence[RunRecord], metric: str) -> tuple[list[Point], list[Point], str, list[str]]:
@@ -166,7 +167,8 @@ def _point(record: RunRecord, measurement: Measurement) -> Point:
     if stored is None:
         raise ConfigError(f"record {record.id} has no stored_bytes; its evaluation must have the footprint probe")
     line = title if size is None else f"{title}{BLOCKS}{size}"
-    return Point(record.model, line, record.bits or 16, 8 * stored, measurement.value, measurement.interval)
+    bits = record.bits or 16
+    return Point(record.model, line, bits, 8 * stored, measurement.value, measurement.interval, record.id)
 
 
 if __name__ == "__main__":

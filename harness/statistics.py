@@ -6,7 +6,8 @@ All intervals are two-sided 95 %.
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from collections.abc import Sequence
+from math import comb, erfc, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +16,10 @@ Interval = tuple[float, float]
 
 Z_95 = 1.959963984540054  # the normal quantile of 0.975
 RESAMPLES = 2000
+LEVEL = 0.05  # p-values below it tell two arms apart
+# quantiles of 0.975 of Student's t, for 1, 2, 3 ... degrees of freedom; beyond the last it hardly changes
+STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+               2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 def block_means(values: ArrayLike, block: int, resamples: int, generator: np.random.Generator) -> NDArray:
@@ -119,3 +124,50 @@ def relative_half_width(centre: float, interval: Interval | None) -> float:
     if interval is None or centre == 0:
         return float("inf")
     return (interval[1] - interval[0]) / 2 / abs(centre)
+
+
+def two_sided(distance: float) -> float:
+    """Probability that a normal variable lies at least this many standard deviations from its mean."""
+    return erfc(abs(distance) / sqrt(2))
+
+
+def paired_p_value(
+    ours: ArrayLike, theirs: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> float:
+    """Two-sided p-value that two arms have the same mean over the same tokens.
+
+    The spread of the mean difference is that of moving-block bootstrap resamples, so that neighbours may resemble each
+    other; the mean of many blocks is taken as normal. With n blocks the spread is n / (n - 1) wider in variance.
+    """
+    difference = _paired(ours, theirs)
+    count = max(2, round(len(difference) / block))
+    spread = float(block_means(difference, block, resamples, generator).std()) * sqrt(count / (count - 1))
+    mean = float(difference.mean())
+    if spread == 0:
+        return float(mean == 0)
+    return two_sided(mean / spread)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, raised so that all of them together are wrong as rarely as one (Holm 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, and none is below a smaller one's. Needs no independence.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        least = max(least, min(1.0, (len(order) - place) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def difference_quantile(values: ArrayLike) -> float | None:
+    """What two runs of the same thing differ by less than, 95 times in 100, given k of them; None for fewer than 2.
+
+    t · √2 · s, with t the 0.975 quantile of Student's distribution for k - 1 degrees of freedom.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    quantile = STUDENT_975[min(len(values) - 1, len(STUDENT_975)) - 1]
+    return float(quantile * sqrt(2) * values.std(ddof=1))

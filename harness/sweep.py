@@ -27,12 +27,53 @@ def remember(outcome: Outcome, folder: Path) -> None:
     write_json_atomically(entry, folder / OUTCOME_FILE)
 
 
-def table_of(paths: list[Path]) -> str:
-    """The table of these records, with an empty line before it; empty without records."""
-    from harness.tables import summary_table
+def table_of(paths: list[Path], short: bool = False) -> str:
+    """The table of these records, with an empty line before it; empty without records.
+
+    short: without footnotes and with the most asked-for columns alone.
+    """
+    from harness.tables import judge_of, short_table, summary_table
 
     records = {path: read_record(path) for path in paths if path.exists()}
-    return f"\n{summary_table(list(records.values()))}" if records else ""
+    if not records:
+        return ""
+    table = short_table if short else summary_table
+    return f"\n{table(list(records.values()), judge_of(results_of(paths[0])))}"
+
+
+def results_of(record: Path) -> Path:
+    """The results folder that a record lies in."""
+    return record.parents[2]
+
+
+def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
+    """What a sweep did, what it did not and why, and where to look next."""
+    from harness.tables import RESULTS, terminal_width
+    from harness.text_table import wrapped
+
+    width = min(100, terminal_width())
+    counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
+    lines = [f"{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)]
+    for entry in entries:
+        if entry["status"] in ("failed", "refused"):
+            lines.append(wrapped(f"{entry['title']}: {entry['status']}: {entry['reason']}", width, "    ", "  "))
+    skipped = dict.fromkeys(entry["title"] for entry in entries if entry["status"] == "skipped")
+    if skipped:
+        lines.append(wrapped(f"not run again (force=true does): {'; '.join(skipped)}", width, "    ", "  "))
+    if not paths:
+        return "\n".join(lines)
+    results = results_of(paths[0])
+    where = "" if results.resolve() == RESULTS else f" paths.results={results}"
+    known = [path for path in paths if path.exists()]
+    lines += [
+        "",
+        f"records:      {paths[0].parent}",
+        *(f"one row:      python -m harness.show {path.stem.rpartition('-')[2]}{where}" for path in known[-1:]),
+        f"footnotes:    python -m harness.tables all{where}",
+        f"what to use:  python -m harness.advise max_perplexity_increase=5%{where}",
+        f"report:       python -m harness.report{where} (make report) writes {results / 'report.html'}",
+    ]
+    return "\n".join(lines)
 
 
 class SweepSummary(Callback):
@@ -46,13 +87,7 @@ class SweepSummary(Callback):
             return
         paths = [Path(path) for path in dict.fromkeys(path for entry in entries for path in entry["records"])]
         counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
-        print(table_of(paths))
-        print(f"\n{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n))
-        for entry in entries:
-            if entry["status"] in ("failed", "refused"):
-                print(f"  {entry['title']}: {entry['status']}: {entry['reason']}")
-        if paths:
-            print(f"records: {paths[0].parent}")
+        print(f"{table_of(paths, short=True).rstrip()}\n\n{summary(entries, paths)}")
         if counts["refused"] == len(entries):
             sys.exit(2)
         if counts["refused"] or counts["failed"]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from harness import markup
 
-WIDTH = 118  # of the lines of prose in Markdown
+PROSE_WIDTH = 118  # of lines of prose in Markdown, where there is room
+LEAST_WIDTH = 60
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,25 @@ def to_markdown(title: str, blocks: Sequence[Block], absent: str = "", width: in
 
     width: characters that a line of a table may have, if its columns allow.
     """
+    wrapped = partial(_wrapped, width=min(PROSE_WIDTH, max(width, LEAST_WIDTH)))
     parts = [f"## {markup.markdown(title)}"] if title else []
     for block in blocks:
         parts.append(f"### {markup.markdown(block.title)}")
-        parts.append("\n".join(_wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
+        parts.append("\n".join(wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
         parts += _markdown_tables(block, width)
         signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
         below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
         below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
         below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
-        parts.append("\n".join(map(_wrapped, below)))
+        parts.append("\n".join(map(wrapped, below)))
     if absent:
-        parts.append(_wrapped(f"not run here: {markup.markdown(absent)}"))
+        parts.append(wrapped(f"not run here: {markup.markdown(absent)}"))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _wrapped(text: str) -> str:
+def _wrapped(text: str, width: int) -> str:
     indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
@@ -131,7 +134,7 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
     fewest = len(filled(width))
     seamed = filled(width, block.seam)
-    if fewest > 1 and len(seamed) == fewest:
+    if fewest > 1 and block.seam is not None and len(seamed) == fewest:
         return seamed
     return next(parts for limit in range(width + 1) if len(parts := filled(limit)) == fewest)
 
@@ -149,43 +152,77 @@ def _superscript(numbers: Sequence[int]) -> str:
 # ---------------------------------------------------------------------------------------------------- LaTeX
 
 
+LATEX_WIDTH = 100  # characters of the smallest size on the narrowest usual page, that of `article`
+LATEX_ROWS = 55  # of them on one page
+
+
 def to_latex(title: str, blocks: Sequence[Block], absent: str = "") -> str:
-    """One `table*` per block, to be read in with \\input; needs no package."""
-    tables = [_latex_table(title, block) for block in blocks]
+    """`table*` floats, to be read in with \\input; needs no package.
+
+    A float cannot break: rows beyond a page and columns beyond its width go into further floats of the same block,
+    and what is said about a block stands below them as text.
+    """
+    tables = [_latex_block(title, block) for block in blocks]
     if absent:
         tables.append(f"not run here: {markup.latex(absent)}")
     return "\n\n".join(tables) + "\n"
 
 
-def _latex_table(title: str, block: Block) -> str:
-    heads = " & ".join(markup.latex(head) for head in _heads(block))
+def _latex_block(title: str, block: Block) -> str:
+    caption = markup.latex(f"{title}: {block.title}" if title else block.title)
+    widths = [
+        max(len(head), *(_latex_length(row.cells[k]) for row in block.rows if row.cells), 1)
+        for k, head in enumerate(_heads(block))
+    ]
+    parts = []
+    for columns in _columns_by_part(widths, block, LATEX_WIDTH):
+        for first in range(0, max(1, len(block.rows)), LATEX_ROWS):
+            rows = _with_heading(block.rows, first, first + LATEX_ROWS)
+            parts.append(_latex_float(caption + (", continued" if parts else ""), block, columns, rows))
     below = [markup.latex(line) for line in (*block.protocol, *block.signs, *_interval_sign(block))]
     below += [f"$^{{{k}}}$ {markup.latex(text)}" for k, text in enumerate(block.notes, 1)]
     below += [f"not run here: {markup.latex(block.absent)}"] if block.absent else []
+    below.insert(0, rf"\textbf{{{caption}}}")
+    notes = ["{\\scriptsize\\raggedright\\noindent", "\\par\\noindent\n".join(below), "\\par}"]
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
+    """Rows of one page, below the heading that they belong to, and no heading as the last of them."""
+    before = next((row for row in reversed(rows[:first]) if row.group), None)
+    page = list(rows[first:last])
+    if page and not page[0].group and before is not None:
+        page.insert(0, before)
+    return page[:-1] if len(page) > 1 and page[-1].group and last < len(rows) else page
+
+
+def _latex_length(cell: Cell) -> int:
+    words = [cell.value, cell.interval, cell.sign]
+    return len(" ".join(filter(None, words))) + len(",".join(map(str, cell.notes))) // 2
+
+
+def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
+    heads = _heads(block)
     lines = [
         r"\begin{table*}",
-        rf"\caption{{{markup.latex(title)}: {markup.latex(block.title)}}}",
+        rf"\caption{{{caption}}}",
         r"\centering\tiny\setlength{\tabcolsep}{2pt}",
-        rf"\begin{{tabular}}{{{''.join('l' if k in block.words else 'r' for k in range(len(block.heads)))}}}",
+        rf"\begin{{tabular}}{{{''.join('l' if k in block.words else 'r' for k in columns)}}}",
         r"\hline",
-        rf"{heads} \\",
+        " & ".join(markup.latex(heads[k]) for k in columns) + r" \\",
         r"\hline",
-        *(_latex_row(row, len(block.heads)) for row in block.rows),
+        *(_latex_row(row, columns) for row in rows),
         r"\hline",
         r"\end{tabular}",
-        "",
-        r"\smallskip\begin{minipage}{\textwidth}\scriptsize\raggedright",
-        "\\par\n".join(below),
-        r"\end{minipage}",
         r"\end{table*}",
     ]
     return "\n".join(lines)
 
 
-def _latex_row(row: Row, columns: int) -> str:
+def _latex_row(row: Row, columns: Sequence[int]) -> str:
     if row.group:
-        return rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
-    return " & ".join(_latex_cell(cell) for cell in row.cells) + r" \\"
+        return rf"\multicolumn{{{len(columns)}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
+    return " & ".join(_latex_cell(row.cells[k]) for k in columns) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:

@@ -2,6 +2,7 @@
 
     python -m harness.tables table_1                                  prints table I, writes results/tables/table_1.*
     python -m harness.tables all paths.results=DIR model=NAME         every table, of one model
+    python -m harness.tables table_1 across=model                     models side by side under one protocol
     python -m harness.tables table_1 strict=true                      an error instead of several blocks
 
 One block of a table holds rows that may be compared: the same model, hardware, engine, machine, text and protocol
@@ -12,44 +13,51 @@ two.
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import math
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import markup
+from harness.comparison import Arm, Judge, Kept
 from harness.curve_plot import learning_curves
 from harness.environment import telling
 from harness.errors import ConfigError
+from harness.noise_floor import read_floors
+from harness.record_index import read_all
 from harness.records import (
     OFF_GRID,
     REMOVED_SHARE,
     WITH_ZEROS,
     Measurement,
     RunRecord,
-    read_record,
     write_text_atomically,
 )
+from harness.side_by_side import KINDS, in_one
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, GROUPS, SURVEY, SYSTEMS, TABLES, Group, Table, placement, table_named
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from harness.wheels import default_cache
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 # Two records whose measurements of these differ in `on` ran another protocol.
 SPEED_METRICS = frozenset(("time_to_first_token_ms", "time_per_output_token_ms", "decode_tokens_per_second"))
 PROTOCOL_METRICS = SPEED_METRICS | {"perplexity", "accuracy"}
+COMPARED_WITH_DENSE = PROTOCOL_METRICS
+SHORT = {"perplexity", "kl_divergence", "accuracy", "rouge_l", "decoding_speedup", "effective_bits_per_weight"}
+SHORT |= {"stored_bytes", "compress_seconds"}
 SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
+WIDTH = 160  # characters of a line of a table in a file
 LONGEST_TITLE = 32
 MOST_WORDS = 4  # settings in brackets behind a title
 LONGEST_TASK = 12  # characters of a head
@@ -167,7 +175,7 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 def _setting(record: RunRecord) -> str:
     config = record.config
     keys = [record.model, config.get("model"), telling(config.get("hardware") or {}), config.get("engine")]
-    keys += [_evaluated_text(record), _machine(record)]
+    keys += [_evaluated_text(record), machine_in_words(record)]
     return json.dumps(keys, sort_keys=True, default=str)
 
 
@@ -187,7 +195,7 @@ def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
     return sum(other.config.get("evaluation") == asked for other in others), len(others)
 
 
-def _machine(record: RunRecord) -> str:
+def machine_in_words(record: RunRecord) -> str:
     """The machine in words: "AMD EPYC 9B14, 2 cores"."""
     machine = record.environment.get("machine") or {}
     if not isinstance(machine, dict):
@@ -212,8 +220,8 @@ def _refuse_several(blocks: list[list[RunRecord]]) -> None:
 
 
 def _difference(a: RunRecord, b: RunRecord) -> tuple[str, str]:
-    if _machine(a) != _machine(b):
-        return f'machine "{_machine(a)}"', f'machine "{_machine(b)}"'
+    if machine_in_words(a) != machine_in_words(b):
+        return f'machine "{machine_in_words(a)}"', f'machine "{machine_in_words(b)}"'
     here, there = _protocol(a), _protocol(b)
     if here != there:
         words = [
@@ -239,13 +247,25 @@ def _hardware_name(record: RunRecord) -> str:
 # ---------------------------------------------------------------------------------------------------- one block
 
 
-def blocks_of(table: Table, records: Sequence[RunRecord], strict: bool = False) -> list[Block]:
-    """The blocks of one table. Dense runs come along where a system of the table stands beside them."""
+def blocks_of(
+    table: Table,
+    records: Sequence[RunRecord],
+    strict: bool = False,
+    judge: Judge | None = None,
+    across: str | None = None,
+) -> list[Block]:
+    """The blocks of one table. Dense runs come along where a system of the table stands beside them.
+
+    across: "model" or "machine", to set them side by side in one block. Raises ConfigError where they do not compare.
+    """
     rows = [r for r in records if _name(r) == DENSE.name or _group(r) in table.groups]
     split = [b for b in comparable(rows) if any(_name(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
-    return [_block(records, table.groups) for records in split]
+    if across is not None:
+        names = {"model": lambda r: r.model, "machine": lambda r: f"{_hardware_name(r)} · {machine_in_words(r)}"}
+        return [in_one(split, across, names, _protocol, lambda side: _block(side, table.groups, judge, short=True))]
+    return [_block(records, table.groups, judge) for records in split]
 
 
 def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
@@ -261,15 +281,30 @@ def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
     return [replace(dense[0], measurements=kept), *(record for record in records if _name(record) != DENSE.name)]
 
 
-def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
-    """One block. With groups, their headings stand between the rows and their systems without a record below."""
+def _block(
+    records: list[RunRecord],
+    groups: Sequence[Group] = (),
+    judge: Judge | None = None,
+    short: bool = False,
+    footnotes: bool = True,
+) -> Block:
+    """One block. With groups, their headings stand between the rows and their systems without a record below.
+
+    short: the columns that most questions are about, without kernels.
+    """
+    judge = replace(judge or Judge(), tests=set())
     records = sorted(records, key=_order)
     columns = _columns(records)
     kernels = _kernels(records)
+    if short:
+        timed = next((c for c in columns if c.quantity.metric == "decode_tokens_per_second"), None)
+        columns = [c for c in columns if c.quantity.metric in SHORT or c is timed]
+        kernels = replace(kernels, each={})
     swept = _sparsities(records)
-    labels = _labels(records)
+    labels = row_labels(records)
     notes = _Notes()
-    best = _best(records, columns)
+    remarks = partial(_remarks, beside=records) if footnotes else lambda _: []
+    best, same = _best(records, columns, judge), _same_as_dense(records, columns, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
     rows: list[Row] = []
     previous: Group | None = None
@@ -279,12 +314,15 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
             rows.append(Row(group=f"{group.title} ({group.source})"))
             previous = group
         cells = [
-            Cell(labels[record.id], notes=tuple(notes.number(text) for text in _remarks(record, records))),
+            Cell(
+                labels[record.id],
+                notes=tuple(notes.number(text) for text in remarks(record)),
+            ),
             Cell(_widths(record)),
         ]
         if swept:
             cells.append(Cell("" if _sparsity(record) is None else str(_sparsity(record))))
-        cells += [_cell(record, column, (record.id, column) in best) for column in columns]
+        cells += [_cell(record, c, (record.id, c.head) in best, (record.id, c.head) in same) for c in columns]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
             cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
@@ -293,18 +331,67 @@ def _block(records: list[RunRecord], groups: Sequence[Group] = ()) -> Block:
         rows.append(Row(tuple(cells)))
     return Block(
         title=" · ".join(
-            filter(None, [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), _machine(records[0])])
+            filter(
+                None,
+                [records[0].model, _engine_name(records[0]), _hardware_name(records[0]), machine_in_words(records[0])],
+            )
         ),
         protocol=tuple(_protocol_lines(records, columns, kernels.shared)),
         heads=(*heads, *(["kernel"] if kernels.each else [])),
         arrows=(*[""] * (len(heads) - len(columns)), *(_arrow(c) for c in columns), *([""] if kernels.each else [])),
         rows=tuple(rows),
-        signs=tuple(_signs(rows)),
+        signs=tuple(_signs(rows, judge)),
         notes=tuple(notes.texts),
         absent=_absent(records, groups),
         naming=3 if swept else 2,
         seam=next((len(heads) - len(columns) + k for k, c in enumerate(columns) if _is_speed(c)), None),
     )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a row of a table says of its record besides the numbers.
+
+    bits: as `_widths` has it; sparsity: as asked for, "" without; group: None for a system that the survey has not.
+    """
+
+    name: str
+    title: str
+    bits: str
+    sparsity: str
+    group: Group | None
+    hardware: str
+    machine: str
+    engine: str
+    dense: bool
+    collapsed: bool
+
+
+def describe(record: RunRecord) -> Description:
+    """The record in the words of the tables, for whatever shows records in another way."""
+    sparsity = _sparsity(record)
+    return Description(
+        name=_name(record),
+        title=_title(record),
+        bits=_widths(record),
+        sparsity="" if sparsity is None else str(sparsity),
+        group=_group(record),
+        hardware=_hardware_name(record),
+        machine=machine_in_words(record),
+        engine=_engine_name(record),
+        dense=_name(record) == DENSE.name,
+        collapsed=_collapsed(record),
+    )
+
+
+def in_print_order(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Dense first, then as in the survey; the order of the rows of `block_of`."""
+    return sorted(records, key=_order)
+
+
+def block_of(records: Iterable[RunRecord], judge: Judge | None = None) -> Block:
+    """Records that may be compared as one block, whatever their family, without headings between the rows."""
+    return _block(list(records), judge=judge)
 
 
 def _name(record: RunRecord) -> str:
@@ -349,7 +436,7 @@ def _order(record: RunRecord) -> tuple:
     )
 
 
-def _labels(records: list[RunRecord]) -> dict[str, str]:
+def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
     """What each row is called: the title, and what sets it apart from rows of the same title and bits."""
     alike: dict[tuple, list[RunRecord]] = {}
     for record in records:
@@ -437,9 +524,13 @@ def _measured(record: RunRecord, column: Column) -> Measurement | None:
 
 
 def _columns(records: list[RunRecord]) -> list[Column]:
+    by_metric: dict[str, list[Measurement]] = {}
+    for record in records:
+        for m in record.measurements:
+            by_metric.setdefault(m.metric, []).append(m)
     columns = []
     for quantity in QUANTITIES:
-        found = [m for record in records for m in record.measurements if m.metric == quantity.metric]
+        found = by_metric.get(quantity.metric, [])
         if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
             columns.append(Column(quantity, None, quantity.head, "lower"))
         elif found and quantity.longest:
@@ -502,7 +593,7 @@ def _short_names(workloads: list[str]) -> dict[str, str]:
     return {on: re.sub(r"\bbatch (\d+)", r"b\1", name) for on, name in names.items()}
 
 
-def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
+def _cell(record: RunRecord, column: Column, bold: bool, same: bool) -> Cell:
     measurement = _measured(record, column)
     if measurement is None:
         return Cell()
@@ -516,27 +607,34 @@ def _cell(record: RunRecord, column: Column, bold: bool) -> Cell:
         low, high = (scale * end for end in measurement.interval)
         interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
         half_width = f"±{_significant(2)((high - low) / 2)}"
-    same = _same_as_dense(record, measurement)
     sign = f"{SAME_AS_DENSE if same else ''} {collapsed}".strip()
     return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
 
 
-def _same_as_dense(record: RunRecord, measurement: Measurement) -> bool:
-    """Whether the paired interval of the comparison with dense holds no difference: ratio 1, or difference 0."""
-    paired = {"perplexity": ("perplexity_ratio", 1.0), "accuracy": ("accuracy_difference", 0.0)}
-    if measurement.metric not in paired:
-        return False
-    metric, nothing = paired[measurement.metric]
-    compared = record.find(metric, measurement.on)
-    return bool(compared and compared.interval and compared.interval[0] <= nothing <= compared.interval[1])
+def _same_as_dense(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+    """Record and head of every number that no test tells from the dense run's."""
+    dense = next((r for r in records if _name(r) == DENSE.name), None)
+    same = set()
+    for column in columns:
+        if column.quantity.metric in COMPARED_WITH_DENSE:
+            reference = _measured(dense, column) if dense else None
+            arm = (dense, reference) if reference is not None and reference.value is not None else None
+            rows = _arms([r for r in records if _name(r) != DENSE.name], column)
+            same |= {(id, column.head) for id in judge.same_as_dense(rows, arm)}
+    return same
+
+
+def _arms(records: Iterable[RunRecord], column: Column) -> list[Arm]:
+    """The records that have a number in this column, with it."""
+    return [(r, m) for r in records if (m := _measured(r, column)) is not None and m.value is not None]
 
 
 def _collapsed(record: RunRecord) -> bool:
     return any("collapsed" in m.note for m in record.measurements if m.metric in ("perplexity", "perplexity_ratio"))
 
 
-def _best(records: list[RunRecord], columns: list[Column]) -> set[tuple[str, Column]]:
-    """Record and column of every best value, and what ties with it, among rows of equal bits and sparsity.
+def _best(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+    """Record and head of every best value, and what ties with it, among rows of equal bits and sparsity.
 
     A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
     """
@@ -547,28 +645,22 @@ def _best(records: list[RunRecord], columns: list[Column]) -> set[tuple[str, Col
     best = set()
     for group in rivals.values():
         for column in columns:
-            found = {r.id: m for r in group if (m := _measured(r, column)) is not None and m.value is not None}
-            if found:
-                ties = _ties(column, found)
-                best |= {(id, column) for id in ties if len(ties) < len(found)}
+            rows = _arms(group, column)
+            if len(rows) > 1:
+                ties = _ties(column, rows, judge)
+                best |= {(id, column.head) for id in ties if len(ties) < len(rows)}
     return best
 
 
-def _ties(column: Column, found: dict[str, Measurement]) -> set[str]:
-    """Which of these records hold the best value: equal to it in the digits shown, or, for speed, within its noise."""
+def _ties(column: Column, rows: list[Arm], judge: Judge) -> set[str]:
+    """Which of these records hold the best value: equal to it in the digits shown, or not told from it by a test."""
 
     def shown(m: Measurement) -> str:
         return column.quantity.show(column.quantity.scale * m.value)
 
-    top = (min if column.better == "lower" else max)(found.values(), key=lambda m: m.value)
-    ties = {id for id, m in found.items() if shown(m) == shown(top)}
-    if column.quantity.metric in SPEED_METRICS and top.interval:
-        ties |= {
-            id
-            for id, m in found.items()
-            if m.interval and m.interval[0] <= top.interval[1] and top.interval[0] <= m.interval[1]
-        }
-    return ties
+    top = (min if column.better == "lower" else max)(rows, key=lambda arm: arm[1].value)
+    best = shown(top[1])
+    return {record.id for record, m in rows if shown(m) == best} | judge.ties(rows, top)
 
 
 @dataclass(frozen=True)
@@ -683,13 +775,16 @@ def _shortened(text: str, length: int = LONGEST_NOTE) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def _signs(rows: list[Row]) -> list[str]:
+def _signs(rows: list[Row], judge: Judge) -> list[str]:
     used = " ".join(cell.sign for row in rows for cell in row.cells)
+    bold = any(cell.bold for row in rows for cell in row.cells)
     signs = []
-    if any(cell.bold for row in rows for cell in row.cells):
-        signs.append("bold: best among rows of equal bits")
+    if bold:
+        signs.append("bold: best among rows of equal bits, with what no test tells from it")
     if SAME_AS_DENSE in used:
-        signs.append(f"{SAME_AS_DENSE}: not to be told from dense by the paired 95 % interval")
+        signs.append(f"{SAME_AS_DENSE}: not to be told from dense")
+    if (bold or SAME_AS_DENSE in used) and judge.tests:
+        signs.append(f"tests at 5 % for a column together (Holm): {', '.join(sorted(judge.tests))}")
     if COLLAPSED in used:
         signs.append(f"{COLLAPSED}: collapsed, shown but never a reference")
     return signs
@@ -780,76 +875,99 @@ def _commits(environments: list[dict[str, Any]]) -> str:
     return f"commit {found}" if found else ""
 
 
-def frame(records: Iterable[RunRecord]) -> DataFrame:
-    """One row per measurement, nothing rounded or left out; a failed run without any has one row of its own."""
-    import pandas as pd
-
-    rows = []
-    for record in records:
-        group = _group(record)
-        run = {
-            "model": record.model,
-            "hardware": _hardware_name(record),
-            "machine": _machine(record),
-            "group": group.key if group else str(record.card.get("taxonomy", "")),
-            "method": _name(record),
-            "title": _title(record),
-            "bits": record.bits,
-            "activation_bits": _activation_bits(record),
-            "key_value_bits": _key_value_bits(record),
-            "sparsity": _sparsity(record),
-            "status": record.status,
-            "failed_stage": record.failure.stage if record.failure else None,
-            "failure_reason": record.failure.reason if record.failure else None,
-        }
-        source = {"finished": record.finished, "record": record.id, "baseline": record.baseline}
-        for m in record.measurements or [_NONE]:
-            low, high = m.interval or (None, None)
-            measured = {"metric": m.metric, "value": m.value, "low": low, "high": high, "unit": m.unit, "on": m.on}
-            rows.append({**run, **measured, "better": m.better if m.metric else "", "note": m.note, **source})
-    return pd.DataFrame(rows)
-
-
-NUMBERS = ("bits", "activation_bits", "key_value_bits", "value", "low", "high")
+CSV_HEADS = (
+    *("model", "hardware", "machine", "group", "method", "title", "bits", "activation_bits", "key_value_bits"),
+    *("sparsity", "status", "failed_stage", "failure_reason", "metric", "value", "low", "high", "unit", "on", "better"),
+    *("note", "finished", "record", "baseline"),
+)
 
 
 def to_csv(records: Iterable[RunRecord]) -> str:
-    """`frame` as CSV; text that a spreadsheet would run as a formula is quoted."""
-    table = frame(records)
-    words = [column for column in table.columns if column not in NUMBERS]
-    escaped = cache(markup.csv)  # the same few words stand in every row
-    table[words] = table[words].map(lambda cell: escaped(cell) if isinstance(cell, str) else cell)
-    return table.to_csv(index=False)
+    """One row per measurement, nothing rounded or left out; a failed run without any has one row of its own.
+
+    Text that a spreadsheet would run as a formula is quoted.
+    """
+    word = cache(_csv_word)  # the same few stand in every row
+
+    def cells(values: Iterable[Any]) -> str:
+        return ",".join([word(v) if isinstance(v, str) else "" if v is None else str(v) for v in values])
+
+    lines = [",".join(CSV_HEADS)]
+    for record in records:
+        group, failure = _group(record), record.failure
+        run = cells(
+            (
+                *(record.model, _hardware_name(record), machine_in_words(record)),
+                group.key if group else str(record.card.get("taxonomy", "")),
+                *(_name(record), _title(record), record.bits, _activation_bits(record), _key_value_bits(record)),
+                *(_sparsity(record), record.status),
+                *((failure.stage, failure.reason) if failure else (None, None)),
+            )
+        )
+        source = cells((record.finished, record.id, record.baseline))
+        for m in record.measurements:
+            numbers = (m.metric, m.value, *(m.interval or (None, None)))
+            lines.append(f"{run},{cells((*numbers, m.unit, m.on, m.better, m.note))},{source}")
+        if not record.measurements:
+            lines.append(f"{run},{cells([None] * 8)},{source}")
+    return "\n".join(lines) + "\n"
+
+
+def _csv_word(text: str) -> str:
+    """A cell of text: no formula, quoted where it must be (RFC 4180)."""
+    safe = markup.csv(text)
+    return '"' + safe.replace('"', '""') + '"' if re.search('[",\r\n]', safe) else safe
 
 
 # ---------------------------------------------------------------------------------------------------- entry points
 
 
-def summary_table(records: Iterable[RunRecord]) -> str:
+def summary_table(records: Iterable[RunRecord], judge: Judge | None = None) -> str:
     """Markdown table of these records alone, whatever their family: what a sweep ends with. As wide as the terminal."""
-    return to_markdown("", [_block(block) for block in comparable(records)], width=_terminal_width())
+    blocks = [_block(block, judge=judge) for block in comparable(records)]
+    return to_markdown("", blocks, width=terminal_width())
 
 
-def _terminal_width() -> int:
+def short_table(records: Iterable[RunRecord], judge: Judge | None = None) -> str:
+    """The same with fewer columns and without footnotes, for the end of a sweep."""
+    blocks = [_block(block, judge=judge, short=True, footnotes=False) for block in comparable(records)]
+    return to_markdown("", blocks, width=terminal_width())
+
+
+def judge_of(results: Path) -> Judge:
+    """What tells rows of a results folder apart: the outcomes kept there, and the noise floors of its machines."""
+    return Judge(Kept(results), read_floors(default_cache(), results))
+
+
+def terminal_width() -> int:
     """Columns of the terminal, or of `COLUMNS`; 160 where output goes into a file or a pipe."""
-    return shutil.get_terminal_size((160, 24)).columns
+    return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
-def write_table(table: Table, records: Sequence[RunRecord], folder: Path, strict: bool = False) -> str:
+def write_table(
+    table: Table,
+    records: Sequence[RunRecord],
+    folder: Path,
+    strict: bool = False,
+    judge: Judge | None = None,
+    across: str | None = None,
+) -> str:
     """Write `folder/table_N.{md,tex,html,csv}`, each atomically, and return the Markdown."""
-    blocks = blocks_of(table, records, strict)
+    blocks = blocks_of(table, records, strict, judge, across)
     title = f"Table {table.number}: {table.title}"
     absent = "" if blocks else ", ".join(system.title for system in table.systems)
     shown = [r for r in records if _group(r) in table.groups or (blocks and _name(r) == DENSE.name)]
     source = f"systems and order: {SURVEY}"
+    wide = to_markdown(title, blocks, absent, WIDTH)
     for suffix, content in (
-        ("md", f"{to_markdown(title, blocks, absent)}\n{source}\n"),
+        ("md", f"{wide}\n{source}\n"),
         ("tex", to_latex(title, blocks, absent)),
         ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
         ("csv", to_csv(shown)),
     ):
         write_text_atomically(content, folder / f"{table.name}.{suffix}")
-    return to_markdown(title, blocks, absent, width=_terminal_width())
+    width = terminal_width()
+    return wide if width == WIDTH else to_markdown(title, blocks, absent, width)
 
 
 def _curve_title(record: RunRecord) -> str:
@@ -870,9 +988,10 @@ options
   paths.results=DIR   where records/ is read and tables/ is written (default: results)
   model=NAME[,NAME]   records of these models alone
   hardware=NAME[,…]   records of these hardware configurations alone
+  across=model        models side by side, under one protocol on one machine; across=machine: machines, one model
   strict=true         an error instead of several blocks when protocols or machines differ
 """
-OPTIONS = ("paths.results", "model", "hardware", "strict")
+OPTIONS = ("paths.results", "model", "hardware", "across", "strict")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -880,14 +999,20 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly
     try:
         names, options = parse(arguments)
-        records, broken = _read_all(Path(options.get("paths.results", RESULTS)))
-        records = _chosen(records, options)
-        folder = Path(options.get("paths.results", RESULTS)) / "tables"
+        results = Path(options.get("paths.results", RESULTS))
+        records, broken = read_folder(results)
+        gc.freeze()  # nothing of it is garbage; looking for some takes longer than a table
+        records = chosen(records, options)
+        folder, judge = results / "tables", judge_of(results)
         strict = options.get("strict", "false").lower() == "true"
+        across = options.get("across")
+        if across is not None:
+            check_name(across, KINDS, "across")
         for name in names:
-            print(write_table(table_named(name), records, folder, strict))
+            print(write_table(table_named(name), records, folder, strict, judge, across))
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
@@ -908,41 +1033,41 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            _known(key.lstrip("+"), OPTIONS, "option")
+            check_name(key.lstrip("+"), OPTIONS, "option")
             options[key.lstrip("+")] = value
         else:
-            _known(argument, [*known, "all"], "table")
+            check_name(argument, [*known, "all"], "table")
             names += known if argument == "all" else [argument]
     if not names:
         raise ConfigError(f"no table named: choose from {', '.join([*known, 'all'])}")
     return list(dict.fromkeys(names)), options
 
 
-def _known(name: str, choices: Sequence[str], what: str) -> None:
+def check_name(name: str, choices: Sequence[str], what: str) -> None:
+    """Raise ConfigError, with the nearest of the choices, for a name that is none of them."""
     if name not in choices:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), choices, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{what} {name!r} is not one of {', '.join(choices)}.{hint}")
 
 
-def _read_all(results: Path) -> tuple[list[RunRecord], list[str]]:
-    """Every readable record, and why the others are not. Raises ConfigError where there is no results folder."""
+def read_folder(results: Path) -> tuple[list[RunRecord], list[str]]:
+    """Every readable record of a results folder, without errors of layers, and why the others are not.
+
+    Raises ConfigError where there is no such folder.
+    """
     if not results.is_dir():
         raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
-    records, broken = [], []
-    for path in sorted((results / "records").glob("*/*.json")):
-        try:
-            records.append(read_record(path))
-        except ValueError as error:
-            broken.append(str(error))
-    return records, broken
+    records, broken = read_all(results, layer_errors=False)
+    return [record for _, record in records], broken
 
 
-def _chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:
+def chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:
+    """Records of the models and hardware that the options name. Raises ConfigError for a name that none has."""
     for key, of in (("model", lambda r: r.model), ("hardware", _hardware_name)):
         wanted = [name for name in options.get(key, "").split(",") if name]
         for name in wanted:
-            _known(name, sorted({of(record) for record in records}), key)
+            check_name(name, sorted({of(record) for record in records}), key)
         records = [record for record in records if not wanted or of(record) in wanted]
     return records
 

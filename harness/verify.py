@@ -3,7 +3,8 @@
     python -m harness.verify results/records/MODEL/NAME.json
     python -m harness.verify ID [paths.results=DIR]           a record by the start of its id
 
-The run, its dense baseline included, goes into a fresh folder that is deleted afterwards.
+The run, its dense baseline included, goes into a fresh folder that is deleted afterwards. Noise is what `make
+noise-floor` measured on this machine, where it did, else fixed tolerances.
 Exit status: 0 all within, 1 something is not, 2 there is nothing to verify.
 """
 
@@ -19,7 +20,10 @@ from typing import Any
 
 from harness import environment, markup
 from harness.errors import ConfigError, RunError
+from harness.noise_floor import NoiseFloor, read_floors
 from harness.records import Measurement, RunRecord, read_record
+from harness.text_table import aligned
+from harness.wheels import default_cache
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -54,16 +58,17 @@ class Verdict:
     within: bool
 
 
-def compare(old: RunRecord, new: RunRecord) -> list[Verdict]:
+def compare(old: RunRecord, new: RunRecord, floor: NoiseFloor | None = None) -> list[Verdict]:
     """A verdict for each number of either record, in the order of the old one.
 
+    floor: what two runs on this machine differ by; a number that it has no noise for is judged by fixed tolerances.
     A number that only one of them has is not within noise; one that neither could measure is.
     """
     keys = dict.fromkeys((m.metric, m.on) for record in (old, new) for m in record.measurements)
-    return [_verdict(old.find(*key), new.find(*key)) for key in keys]
+    return [_verdict(old.find(*key), new.find(*key), floor) for key in keys]
 
 
-def _verdict(old: Measurement | None, new: Measurement | None) -> Verdict:
+def _verdict(old: Measurement | None, new: Measurement | None, floor: NoiseFloor | None) -> Verdict:
     known = old or new
     assert known is not None, "the key came from one of the two"
     was, now = (m.value if m else None for m in (old, new))
@@ -71,7 +76,7 @@ def _verdict(old: Measurement | None, new: Measurement | None) -> Verdict:
         difference = None if was is None or now is None else now - was
         rule = "follows from numbers judged above"
         return Verdict(known.metric, known.on, known.unit, was, now, difference, math.inf, rule, True)
-    tolerance, rule = _tolerance(known.metric, known.unit, old, new)
+    tolerance, rule = _measured_tolerance(known, floor) or _tolerance(known.metric, known.unit, old, new)
     if was is None or now is None:
         both_missing = was is None and now is None and old is not None and new is not None
         rule = "not measured in either" if both_missing else "measured in one run only"
@@ -80,6 +85,14 @@ def _verdict(old: Measurement | None, new: Measurement | None) -> Verdict:
     return Verdict(
         known.metric, known.on, known.unit, was, now, difference, tolerance, rule, abs(difference) <= tolerance
     )
+
+
+def _measured_tolerance(number: Measurement, floor: NoiseFloor | None) -> tuple[float, str] | None:
+    """The machine's own noise; None where it is not known, or no wider than what scores differ by anyway."""
+    share = floor.relative(number.metric, number.on) if floor else None
+    if share is None or number.value is None or share <= QUALITY_RELATIVE:
+        return None
+    return share * abs(number.value), f"noise floor, {share:.2%} ({floor.runs} runs)"
 
 
 def _tolerance(metric: str, unit: str, old: Measurement | None, new: Measurement | None) -> tuple[float, str]:
@@ -138,14 +151,7 @@ def report(verdicts: Sequence[Verdict]) -> str:
         )
         for v in verdicts
     ]
-    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
-    right = (3, 4, 5, 6)
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *lines)
-    )
+    return aligned([head, *lines], right=(3, 4, 5, 6))
 
 
 def _number(value: float | None) -> str:
@@ -203,7 +209,12 @@ def main(arguments: Sequence[str]) -> int:
     if changed:
         print("Differences below may come from that.\n")
     try:
-        verdicts, notes = _run_again(record, folders.get("paths.cache"))
+        cache = folders.get("paths.cache") or default_cache()
+        floors = read_floors(cache, folders.get("paths.results", RESULTS))
+        verdicts, notes = _run_again(record, cache, floors.of(record) if not changed else None)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -216,13 +227,13 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if outside else 0
 
 
-def _run_again(record: RunRecord, cache: Path | None) -> tuple[list[Verdict], str]:
+def _run_again(record: RunRecord, cache: Path, floor: NoiseFloor | None) -> tuple[list[Verdict], str]:
     from harness.run import rerun
 
     with tempfile.TemporaryDirectory(prefix="harness-verify-") as folder:
         again = rerun(record, Path(folder), cache)
     same = record.artifact.get("sha256") == again.artifact.get("sha256")
-    return compare(record, again), f"artifact: {'the same bytes' if same else 'other bytes than recorded'}"
+    return compare(record, again, floor), f"artifact: {'the same bytes' if same else 'other bytes than recorded'}"
 
 
 if __name__ == "__main__":

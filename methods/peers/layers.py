@@ -52,6 +52,8 @@ def take_other_tensors(base: LanguageModel, answer: Answer, linears: set[str]) -
             raise RunError(f"{name}: came back, but the model has no tensor of that name and shape")
         if name in tied and not torch.equal(own[name], tensor.to(own[name].dtype)):
             raise RunError(f"{name}: came back changed, but is tied to another tensor")
+        if not torch.equal(own[name], tensor.to(own[name].dtype)):
+            base.module.scales_moved_elsewhere = True  # so weights are in units that only the peer knows
         own[name].copy_(tensor)
 
 

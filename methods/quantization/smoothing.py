@@ -71,6 +71,7 @@ def fold(block: Block, folding: Folding, scale: Tensor) -> None:
     modules = dict(block.module.named_modules(prefix=block.name))
     _multiply_readers(modules, folding, scale)
     _divide_producer(modules[folding.producer], scale)
+    _remember(block, folding, modules[folding.producer], scale)
     moved = (block.trial() - before).abs().max()
     bound = FOLD_TOLERANCE[before.dtype] * before.abs().max()
     if not moved <= bound:
@@ -79,6 +80,24 @@ def fold(block: Block, folding: Folding, scale: Tensor) -> None:
             f"{moved:.2e}, more than {bound:.2e}; compress in float32 (hardware.scoring_dtype=float32), or use "
             "a method without scales (method=gptq)"
         )
+
+
+def _remember(block: Block, folding: Folding, producer: nn.Module, scale: Tensor) -> None:
+    """Note on the block what its linears were scaled by: their weights are in other units than the original's.
+
+    `moved_scales`: full dotted name -> what input channels were multiplied by, what output channels were divided by.
+    """
+    moved = block.module.__dict__.setdefault("moved_scales", {})
+
+    def times(known: Tensor | None) -> Tensor:
+        return scale.float() if known is None else known * scale.float()
+
+    for name in folding.readers:
+        inputs, outputs = moved.get(name, (None, None))
+        moved[name] = (times(inputs), outputs)
+    if producer.weight.ndim == 2:
+        inputs, outputs = moved.get(folding.producer, (None, None))
+        moved[folding.producer] = (inputs, times(outputs))
 
 
 def _multiply_readers(modules: dict[str, nn.Module], folding: Folding, scale: Tensor) -> None:

@@ -105,3 +105,50 @@ def test_median_interval_covers_and_tightens():
     assert statistics.median_interval(range(100)) == (39, 60)
     assert statistics.relative_half_width(50, (39, 60)) == pytest.approx(0.21)
     assert statistics.relative_half_width(50, None) == float("inf")
+
+
+def paired_losses(rng, effect: float, windows: int = 64, window: int = 128):
+    """Token losses of two arms on the same text, which differ by `effect` nats on average; neighbours resemble."""
+    shared = correlated(rng, windows * window, 0.9)
+    return shared + effect + 0.05 * (correlated(rng, windows * window, 0.8) - 3), shared
+
+
+def test_an_effect_of_one_percent_of_perplexity_is_found_and_none_is_found_as_rarely_as_stated():
+    rng = generator(3)
+    planted = [statistics.paired_p_value(*paired_losses(rng, 0.01), 128, rng, 300) for _ in range(150)]
+    assert np.mean(np.array(planted) < statistics.LEVEL) > 0.9
+    nothing = [statistics.paired_p_value(*paired_losses(rng, 0.0), 128, rng, 300) for _ in range(300)]
+    assert 0.02 < np.mean(np.array(nothing) < statistics.LEVEL) < 0.085
+    identical = np.arange(9.0)
+    assert statistics.paired_p_value(identical, identical, 3, rng) == 1.0
+
+
+def test_mcnemar_finds_none_no_more_often_than_stated_and_a_real_loss_of_answers():
+    rng = generator(5)
+    false = [statistics.mcnemar(*_flips(rng, 0.0)) < statistics.LEVEL for _ in range(400)]
+    assert np.mean(false) <= 0.065
+    found = [statistics.mcnemar(*_flips(rng, 0.05)) < statistics.LEVEL for _ in range(50)]
+    assert np.mean(found) > 0.9
+
+
+def _flips(rng, lost: float, questions: int = 2000):
+    gained = rng.random(questions) < 0.05
+    dropped = ~gained & (rng.random(questions) < 0.05 + lost)
+    return int(gained.sum()), int(dropped.sum())
+
+
+def test_holm_by_hand_and_all_tests_together_err_as_rarely_as_one():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([]) == []
+    rng = generator(8)
+    families = [min(statistics.holm(rng.random(20).tolist())) < statistics.LEVEL for _ in range(2000)]
+    assert 0.035 < np.mean(families) < 0.065
+
+
+def test_two_runs_differ_by_less_than_the_floor_nineteen_times_in_twenty():
+    rng = generator(13)
+    values = rng.normal(100, 3, size=(4000, 5))
+    floors = np.array([statistics.difference_quantile(runs) for runs in values])
+    fresh = rng.normal(100, 3, size=(4000, 2))
+    assert 0.94 < np.mean(np.abs(fresh[:, 0] - fresh[:, 1]) < floors) < 0.96
+    assert statistics.difference_quantile([1.0]) is None

@@ -9,6 +9,7 @@ from fake_records import failed, record
 
 from harness import environment, verify
 from harness.errors import ConfigError, RunError
+from harness.noise_floor import NoiseFloor
 from harness.records import Measurement, write_record
 from harness.verify import compare, find_record, report
 
@@ -49,6 +50,20 @@ def test_a_record_agrees_with_itself():
 def test_the_edge_of_the_noise(metric, unit, old, edge, sign):
     assert within(number(metric, old, unit), number(metric, old + sign * edge * 0.999, unit))
     assert not within(number(metric, old, unit), number(metric, old + sign * edge * 1.001, unit))
+
+
+def test_a_noise_floor_takes_the_place_of_fixed_tolerances():
+    spreads = {"time_per_output_token_ms": {"workload": 0.25}, "perplexity": {"workload": 1e-7}}
+    floor = NoiseFloor({}, "cpu", 2, 5, "GPTQ", "", spreads)
+
+    def verdict(metric, old, new):
+        (found,) = compare(run_with(number(metric, old)), run_with(number(metric, new)), floor)
+        return found
+
+    assert verdict("time_per_output_token_ms", 10.0, 12.4).within
+    assert not verdict("time_per_output_token_ms", 10.0, 12.6).within
+    assert "noise floor, 25.00%" in verdict("time_per_output_token_ms", 10.0, 12.6).rule
+    assert verdict("perplexity", 20.0, 20.001).within, "scores of another method may round otherwise"
 
 
 @pytest.mark.parametrize(("metric", "unit"), [("stored_bytes", "bytes"), ("effective_bits_per_weight", "bits")])

@@ -7,9 +7,15 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from harness.models import RandomModel
+from methods.blocks import plain_linears, replace_module
 from methods.quantization import packed_product
+from methods.quantization.activations import InputGrid
+from methods.quantization.codebooks import CodebookGrid
+from methods.quantization.eight_bit import EightBitGrid
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear, pack_linear, slot_bits
+from methods.quantization.round_to_nearest import rounded_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GENERATOR = torch.Generator().manual_seed(0)
@@ -54,3 +60,32 @@ def test_a_layer_on_a_gpu_multiplies_its_packed_codes(bits, symmetric, group_siz
     x = draw(rows, 512).to(DEVICE, torch.bfloat16)
     expected = x.double() @ dense.t() + layer.bias.double()
     assert float((layer(x) - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU captures steps")
+@pytest.mark.parametrize("name", ["int2", "int4", "int8", "int8 inputs", "fp8 inputs", "nf4"])
+def test_captured_steps_of_packed_layers_generate_what_the_same_steps_do_uncaptured(name, monkeypatch):
+    grids = {
+        "int2": (IntegerGrid(2, False, 64), None),
+        "int4": (IntegerGrid(4, False, 64), None),
+        "int8": (IntegerGrid(8, True, None), None),
+        "int8 inputs": (EightBitGrid("int", "channel"), InputGrid(8, "int")),
+        "fp8 inputs": (EightBitGrid("e4m3", "channel"), InputGrid(8, "e4m3")),
+        "nf4": (CodebookGrid("nf4", 4), None),
+    }
+    shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 512, "vocab_size": 320, "max_position_embeddings": 128}
+    lm, _ = RandomModel("packed", "llama", shape).load(None, "cuda", torch.bfloat16)
+    grid, inputs = grids[name]
+    for layer, linear in plain_linears(lm.module).items():
+        replace_module(lm.module, layer, rounded_linear(linear, grid, torch.bfloat16, inputs))
+    lm.engine.prepare("decoding", torch.bfloat16)
+    prompt = torch.randint(320, (2, 9), generator=GENERATOR)
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.engines.captured._capture", lambda step, warm_up: step)
+        plain = torch.stack(list(lm.engine.on_hardware(None, "captured").generate(prompt, 20)))
+    captured = lm.engine.on_hardware(None, "captured")
+    for _ in range(2):
+        assert torch.equal(torch.stack(list(captured.generate(prompt, 20))), plain)
+    assert "CUDA graph" in captured.kernels()
+    assert "plain steps" not in captured.kernels()

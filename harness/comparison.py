@@ -1,0 +1,223 @@
+"""Whether two records of one protocol differ, or whether a test cannot tell their difference from nothing.
+
+Both were asked the same, so tests are paired wherever the outcomes of single tokens and questions were kept:
+moving-block bootstrap of token losses, McNemar's exact test of questions. Where only records are left, the paired
+differences from the dense model that they hold are compared, and where there are none, their intervals; both find less.
+Whatever the noise floor of the machine covers is no difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import log, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness import statistics
+from harness.noise_floor import NoiseFloors
+from harness.records import Measurement, RunRecord
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOKEN_OUTCOMES = {"perplexity": "loss", "bits_per_byte": "loss", "kl_divergence": "kl", "top1_agreement": "top1_agrees"}
+RATIOS = ("perplexity", "stream_perplexity_ratio")  # compared by their logarithm
+TO_DENSE = {"perplexity": ("perplexity_ratio", 1.0), "accuracy": ("accuracy_difference", 0.0)}
+BEYOND_DOUBT = 1e-6  # p-values below it need no sharper test
+SEED = 0  # of the bootstrap: the same records give the same marks
+
+
+@dataclass
+class Kept:
+    """Outcomes of single tokens and questions below a results folder, read when first asked for; None: no folder."""
+
+    results: Path | None = None
+    _read: dict[tuple, object] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def there(self) -> bool:
+        """Whether any outcome may have been kept."""
+        return self.results is not None and (self.results / "samples").is_dir()
+
+    def tokens(self, record: RunRecord, measurement: Measurement) -> tuple[NDArray, int] | None:
+        """Outcome of each scored token in reading order, and tokens per window."""
+        column = TOKEN_OUTCOMES.get(measurement.metric)
+        parts = measurement.on.split(", ")
+        if column is None or len(parts) < 2:
+            return None
+        table = self._table(record, f"perplexity-{parts[-2]}.parquet", ("window", column))
+        if table is None:
+            return None
+        windows, values = table
+        return values, round(len(values) / len(np.unique(windows)))
+
+    def answers(self, record: RunRecord, on: str) -> dict[int, bool] | None:
+        """Question → whether it was answered right."""
+        folder = self._folder(record)
+        task, chat = re.split(r"[ ,]", on, maxsplit=1)[0], "chat template" in on
+        for file in sorted(folder.glob("tasks-*.parquet")) if folder else []:
+            if file.stem.endswith("-chat") != chat:
+                continue
+            table = self._table(record, file.name, ("task", "metric", "doc_id", "correct"))
+            if table is not None:
+                chosen = (table[0] == task) & (table[1] == "accuracy")
+                if chosen.any():
+                    return dict(zip(table[2][chosen].tolist(), table[3][chosen].astype(bool).tolist(), strict=True))
+        return None
+
+    def _folder(self, record: RunRecord) -> Path | None:
+        return self.results / record.samples if self.results is not None and record.samples else None
+
+    def _table(self, record: RunRecord, name: str, columns: tuple[str, ...]) -> list[NDArray] | None:
+        key = (record.id, name, columns)
+        if key not in self._read:
+            self._read[key] = self._columns(record, name, columns)
+        return self._read[key]
+
+    def _columns(self, record: RunRecord, name: str, columns: tuple[str, ...]) -> list[NDArray] | None:
+        folder = self._folder(record)
+        if folder is None or not (folder / name).is_file():
+            return None
+        from pyarrow import ArrowException, parquet
+
+        try:
+            table = parquet.read_table(folder / name)
+        except (ArrowException, OSError):
+            return None  # torn by a killed run: the record's own numbers remain
+        if not set(columns) <= set(table.column_names):
+            return None
+        return [table[column].to_numpy() for column in columns]
+
+
+Arm = tuple[RunRecord, Measurement]
+
+
+@dataclass
+class Judge:
+    """Decides which of many rows differ. Tests of one call err in 5 of 100 calls together (Holm's correction)."""
+
+    kept: Kept = field(default_factory=Kept)
+    floors: NoiseFloors = field(default_factory=NoiseFloors)
+    tests: set[str] = field(default_factory=set)  # what decided, in words
+
+    def same_as_dense(self, rows: Sequence[Arm], dense: Arm | None) -> set[str]:
+        """Ids of the records that no test tells from the dense run."""
+        found = {record.id: self._against_dense((record, m), dense) for record, m in rows}
+        return self._not_told_apart(found)
+
+    def ties(self, rows: Sequence[Arm], best: Arm) -> set[str]:
+        """Ids of the records that no test tells from the best one, which is among them."""
+        found = {record.id: self.p_value((record, m), best) for record, m in rows if record is not best[0]}
+        return {best[0].id} | self._not_told_apart(found)
+
+    def p_value(self, one: Arm, other: Arm) -> float | None:
+        """Two-sided p-value that two arms are equally good; 1.0 below the noise floor; None where no test is possible.
+
+        A number without an interval or kept outcomes is exact.
+        """
+        if self._below_the_floor(one, other):
+            return 1.0
+        found, test = _from_differences_to_dense(one, other), "paired differences from dense"
+        if found is None:
+            found, test = _from_intervals(one[1], other[1]), "intervals"
+        if found is None or found > BEYOND_DOUBT:  # these two find less: outcomes need not be read where they do
+            paired = _from_outcomes(one, other, self.kept)
+            found, test = (found, test) if paired is None else (paired, "paired on kept tokens and questions")
+        if found is not None:
+            self.tests.add(test)
+        return found
+
+    def _against_dense(self, row: Arm, dense: Arm | None) -> float | None:
+        if row[1].metric not in TO_DENSE:
+            return None if dense is None else self.p_value(row, dense)
+        found = _from_differences_to_dense(row, None)  # made from the outcomes when they were fresh
+        if found is not None:
+            self.tests.add("paired differences from dense")
+        return found
+
+    def _below_the_floor(self, one: Arm, other: Arm) -> bool:
+        (record, ours), (_, theirs) = one, other
+        floor = self.floors.relative(record, ours.metric, ours.on)
+        if floor is None or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
+            return False
+        self.tests.add("the machine's noise floor")
+        return True
+
+    @staticmethod
+    def _not_told_apart(found: dict[str, float | None]) -> set[str]:
+        tested = {id: p for id, p in found.items() if p is not None}
+        adjusted = statistics.holm(list(tested.values()))
+        return {id for id, p in zip(tested, adjusted, strict=True) if p >= statistics.LEVEL}
+
+
+def _from_outcomes(one: Arm, other: Arm, kept: Kept) -> float | None:
+    (first, ours), (second, theirs) = one, other
+    if not kept.there or ours.on != theirs.on:
+        return None
+    if ours.metric == "accuracy":
+        right, others = kept.answers(first, ours.on), kept.answers(second, ours.on)
+        if right is None or others is None or right.keys() != others.keys():
+            return None
+        gained = sum(right[question] and not others[question] for question in right)
+        lost = sum(others[question] and not right[question] for question in right)
+        return statistics.mcnemar(gained, lost)
+    tokens, other_tokens = kept.tokens(first, ours), kept.tokens(second, ours)
+    if tokens is None or other_tokens is None or len(tokens[0]) != len(other_tokens[0]):
+        return None
+    return statistics.paired_p_value(tokens[0], other_tokens[0], tokens[1], np.random.default_rng(SEED))
+
+
+def _from_differences_to_dense(one: Arm, other: Arm | None) -> float | None:
+    """From what each record says about its own paired difference from dense; the dense run's (None) is nothing."""
+    metric, on = one[1].metric, one[1].on
+    if metric not in TO_DENSE:
+        return None
+    name, nothing = TO_DENSE[metric]
+    arms = [None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other)]
+    difference = variance = 0.0
+    for record, sign in zip(arms, (1, -1), strict=True):
+        if record is None:
+            continue
+        compared = record.find(name, on)
+        if compared is None or compared.value is None or compared.interval is None:
+            return None
+        if None in arms and (exact := _mcnemar_of(compared.note)) is not None:
+            return exact
+        value, low, high = (_scaled(x, metric) for x in (compared.value, *compared.interval))
+        difference += sign * (value - _scaled(nothing, metric))
+        variance += ((high - low) / (2 * statistics.Z_95)) ** 2
+    return _p_of_difference(difference, variance)
+
+
+def is_dense(record: RunRecord) -> bool:
+    """Whether this is the uncompressed reference."""
+    return record.card.get("name") == "dense"
+
+
+def _mcnemar_of(note: str) -> float | None:
+    """The exact test against dense, from the questions gained and lost in the note of a paired difference."""
+    found = re.search(r"(\d+) gained, (\d+) lost", note)
+    return statistics.mcnemar(int(found[1]), int(found[2])) if found else None
+
+
+def _from_intervals(ours: Measurement, theirs: Measurement) -> float | None:
+    if ours.interval is None or theirs.interval is None:
+        return None
+    spans = [_scaled(m.interval[1], m.metric) - _scaled(m.interval[0], m.metric) for m in (ours, theirs)]
+    variance = sum((span / (2 * statistics.Z_95)) ** 2 for span in spans)
+    return _p_of_difference(_scaled(ours.value, ours.metric) - _scaled(theirs.value, ours.metric), variance)
+
+
+def _scaled(value: float, metric: str) -> float:
+    return log(value) if metric in RATIOS else value
+
+
+def _p_of_difference(difference: float, variance: float) -> float:
+    if variance <= 0:
+        return float(difference == 0)
+    return statistics.two_sided(difference / sqrt(variance))

@@ -1,0 +1,105 @@
+"""Which rows differ: planted effects are found on kept outcomes and in records, and none where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_records import CLOZE, EPYC, QUICK, record
+
+from harness.comparison import Judge, Kept
+from harness.noise_floor import NoiseFloor, NoiseFloors
+from harness.records import Measurement
+
+WINDOWS, WINDOW = 16, 64
+SPEED = "batch 1, prompt 128, 32 new"
+
+
+def arm(run, metric="perplexity", on=QUICK):
+    return run, run.find(metric, on)
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """keep(run, losses=..., right=...) puts outcomes where a run would."""
+
+    def put(run, losses=None, right=None):
+        folder = tmp_path / run.samples
+        folder.mkdir(parents=True, exist_ok=True)
+        if losses is not None:
+            window = np.repeat(np.arange(WINDOWS), WINDOW)
+            pd.DataFrame({"window": window, "loss": losses}).to_parquet(folder / "perplexity-gptq-512.parquet")
+        if right is not None:
+            rows = {"task": "wikipedia_cloze", "metric": "accuracy", "doc_id": range(len(right)), "correct": right}
+            pd.DataFrame(rows).to_parquet(folder / "tasks-wikipedia_cloze.parquet")
+
+    return put
+
+
+def test_one_percent_of_perplexity_is_found_where_tokens_were_kept_and_not_where_only_intervals_are(keep, tmp_path):
+    rng = np.random.default_rng(0)
+    shared = rng.gamma(2, 2, WINDOWS * WINDOW)
+    one, other = record("gptq", 4, loss=0.03), record("awq", 4, loss=0.02)
+    keep(one, shared + 0.01 + rng.normal(0, 0.05, len(shared)))
+    keep(other, shared)
+    assert Judge(Kept(tmp_path)).p_value(arm(one), arm(other)) < 1e-3
+    assert Judge().p_value(arm(one), arm(other)) > 0.05  # each is known to ±0.8 %
+    judge = Judge(Kept(tmp_path))
+    assert judge.ties([arm(one), arm(other)], arm(other)) == {other.id}
+    assert judge.tests == {"paired on kept tokens and questions"}
+
+
+def test_rows_without_any_effect_are_told_from_dense_as_rarely_as_stated(keep, tmp_path):
+    """Ten equal rows beside dense, many times: in about 5 of 100 tables any is wrongly told apart."""
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(200):
+        rows = []
+        for seed in range(10):
+            gap = rng.normal(0, 0.004)
+            run = replace(record("gptq", 4, method={"seed": seed}), measurements=[
+                Measurement("perplexity", 20.0, "ppl", QUICK, "lower"),
+                Measurement("perplexity_ratio", np.exp(gap), "×", QUICK, "lower",
+                            (np.exp(gap - 1.96 * 0.004), np.exp(gap + 1.96 * 0.004))),
+            ])  # fmt: skip
+            rows.append(arm(run))
+        wrong += len(Judge().same_as_dense(rows, None)) < 10
+    assert 0.02 <= wrong / 200 <= 0.09
+
+
+def test_questions_are_compared_one_by_one(keep, tmp_path):
+    one, other = record("gptq", 4), record("awq", 4)
+    right = np.tile([1, 0], 100)
+    worse = right.copy()
+    worse[:24:2] = 0  # twelve lost, none gained
+    keep(one, right=right)
+    keep(other, right=worse)
+    arms = arm(one, "accuracy", CLOZE), arm(other, "accuracy", CLOZE)
+    assert Judge(Kept(tmp_path)).p_value(*arms) == pytest.approx(2 / 2**12)
+    keep(other, right=right[:100])
+    assert Judge(Kept(tmp_path)).p_value(*arms) == Judge().p_value(*arms), "other questions: the records alone"
+
+
+def test_the_exact_test_in_a_note_counts_against_dense():
+    run = record("gptq", 4)
+    noted = [
+        replace(m, note="McNemar p = 0.007; 1 gained, 10 lost") if m.metric == "accuracy_difference" else m
+        for m in run.measurements
+    ]
+    run = replace(run, measurements=noted)
+    assert Judge().same_as_dense([arm(run, "accuracy", CLOZE)], None) == set()
+    assert Judge().same_as_dense([arm(record("awq", 4), "accuracy", CLOZE)], None) != set()
+
+
+def test_a_number_without_interval_is_exact_until_a_noise_floor_covers_the_difference():
+    one, other = record("gptq", 4), record("awq", 4)
+    arms = arm(one, "decode_tokens_per_second", SPEED), arm(other, "decode_tokens_per_second", SPEED)
+    gap = abs(arms[0][1].value / arms[1][1].value - 1)
+    assert 0 < gap < 0.05
+    assert Judge().p_value(*arms) is None
+    for share, expected in ((2 * gap, 1.0), (gap / 2, None)):
+        spreads = {"decode_tokens_per_second": {SPEED: share}}
+        floor = NoiseFloor(EPYC, "cpu", 2, 5, "GPTQ", "2026-11-26", spreads)
+        assert Judge(floors=NoiseFloors({floor.key: floor})).p_value(*arms) == expected
