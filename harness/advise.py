@@ -470,6 +470,9 @@ def report(advice: Advice, bounds: dict[str, float], width: int = WIDEST) -> str
         if is_dense(advice.recommended.record):
             parts.append("  The model as it is meets the bounds: compressing buys nothing that was asked for.")
         parts.append(f"  {markup.plain(single_command(advice.recommended.record))}")
+        if advice.recommended.record.card.get("runtime"):
+            elsewhere = f"other runtimes: {markup.plain(str(advice.recommended.record.card['runtime']))}"
+            parts.append(wrapped(elsewhere, width, "  "))
     elif bounds:
         parts.append("\nNothing meets the bounds.")
     if advice.best:
