@@ -6,7 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-all lint format noise-floor tables $(TABLES:%=table-%) clean
+.PHONY: help setup demo test test-real test-all lint format noise-floor tables $(TABLES:%=table-%) wandb-sync \
+	wandb-report clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
@@ -14,7 +15,9 @@ help:
 	@echo "make test-real   the tests on the real model"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
-	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
+	@echo "make noise-floor   how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
+	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
+	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
 
@@ -73,6 +76,14 @@ table-4: setup
 	-$(RUN) -m harness experiment=table_4
 	-$(RUN) -m harness -m 'method=[gptq,attention_sinks],[gptq,speculative_decoding],[kv_cache,speculative_decoding]' evaluation=architecture
 	$(RUN) -m harness.tables table_4
+
+WANDB_OPTIONS = $(if $(PROJECT),project=$(PROJECT)) $(if $(ENTITY),entity=$(ENTITY))
+
+wandb-sync: setup
+	$(RUN) -m harness.wandb_sync $(WANDB_OPTIONS)
+
+wandb-report: setup
+	$(RUN) -m harness.wandb_report $(WANDB_OPTIONS)
 
 clean:
 	rm -rf results/scratch

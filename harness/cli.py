@@ -19,6 +19,7 @@ from typing import Any
 from harness import stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
+from harness.redaction import redact
 from harness.run import CONF, Outcome, Paths, make, run
 
 GROUPS = {  # the order in which help lists them
@@ -50,6 +51,8 @@ Compare LLM inference optimizations: one protocol, one record per run.
     python -m harness 'method=[sparsegpt,gptq]' bits=4    one method after the other, on the same model
     python -m harness experiment=table_1                  a ready-made sweep
     python -m harness.tables table_1                      the table, from records only
+    python -m harness.advise max_perplexity_increase=5%   what to use, and why nothing else
+    python -m harness.show results/records/….json         everything behind one row
     python -m harness.verify results/records/….json       run a record again and compare
 
 Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);
@@ -205,7 +208,7 @@ def _say(line: str) -> None:
 
 def _report(outcome: Outcome) -> None:
     if outcome.status in ("refused", "failed"):
-        print(f"{outcome.title}: {outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+        print(redact(f"{outcome.title}: {outcome.status}: {outcome.reason}"), file=sys.stderr, flush=True)
     else:
         what = "already recorded" if outcome.status == "skipped" else "finished"
         _say(f"{outcome.title}: {outcome.reason if outcome.path is None else f'{what}, {outcome.path}'}")

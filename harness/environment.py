@@ -33,7 +33,7 @@ PACKAGES = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 USUAL = {"attention": None, "steps": "plain"}  # options that came later: at these values nothing is new
-STEPS = ("plain", "captured", "auto")  # how tokens are decoded, see TransformersEngine
+STEPS = ("plain", "captured", "compiled", "auto")  # how tokens are decoded, see TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Hardware:
     decoding_dtype: arithmetic of speed measurements; "auto" takes bfloat16 where the device has it natively.
     attention: implementation of attention, where the method has none of its own; None is transformers' choice.
     steps: how tokens are decoded in speed measurements: "plain", "captured" (a static cache, one CUDA graph for all
-        steps), or "auto", which captures on a GPU.
+        steps), "compiled" (the same, the step compiled before: a minute or two for each shape of request), or "auto",
+        which captures on a GPU.
     compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.
     """
 

@@ -105,10 +105,15 @@ class Bench:
     log: TrainingLog = field(default_factory=TrainingLog)
     statistics: Path | None = None  # what the calibration text says about the uncompressed model; shared by a sweep
     cache: Path | None = None  # what is worth keeping between runs: downloads, answers of teachers; None: the scratch
+    device: str | None = None  # where a method that goes block by block computes; None: where the model is
 
 
 class Method(Protocol):
-    """Turns a language model into one that is cheaper to run."""
+    """Turns a language model into one that is cheaper to run.
+
+    One that says `computes_block_by_block: ClassVar[bool] = True` gets the model in host memory when it runs on a GPU,
+    takes each decoder block to `bench.device` in its turn, and leaves the result in host memory.
+    """
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """May rework `base` in place; the caller must use only what is returned."""

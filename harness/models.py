@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from urllib.parse import urlparse
 
 from harness import artifact, wheels
@@ -142,6 +142,7 @@ class RandomModel:
     architecture: transformers' model type; shape: the fields of its configuration. Text is read as bytes.
     """
 
+    drawn_on_device: ClassVar[bool] = True  # and a GPU draws other numbers than a CPU
     name: str
     architecture: str
     shape: dict[str, Any] = field(default_factory=dict)

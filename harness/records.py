@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.redaction import redacted
+
 SCHEMA = 1
 
 Better = Literal["lower", "higher"]
@@ -104,12 +106,12 @@ class RunRecord:
 
 
 def to_json(record: RunRecord) -> dict[str, Any]:
-    """The record as plain JSON values. NaN and infinity are not numbers JSON has: they become null."""
+    """The record as plain JSON values, secrets masked. NaN and infinity are not numbers JSON has: they become null."""
     values = asdict(record)
     for name in ("layer_errors", "layer_output_errors"):  # a dense model, and every older record, has none
         if not values[name]:
             del values[name]
-    return _finite(values)
+    return redacted(_finite(values))
 
 
 def from_json(data: dict[str, Any]) -> RunRecord:

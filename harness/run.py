@@ -427,7 +427,13 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
 
     quiet_libraries()
     parts, folder = build(config), Path(artifact)
-    base, origin = parts.model.load(Path(cache), parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype))
+    device, dtype = parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype)
+    on_gpu = device.startswith("cuda")
+    by_block = on_gpu and getattr(parts.method, "computes_block_by_block", False)
+    on_host = by_block and not getattr(parts.model, "drawn_on_device", False)
+    base, origin = parts.model.load(Path(cache), "cpu" if on_host else device, dtype)
+    if by_block:
+        base.module.to("cpu")
     scratch = folder.with_name(folder.name + ".work")
     scratch.mkdir(parents=True, exist_ok=True)
     beside = int(os.environ.get("RANK", "0")) > 0  # trains along and writes nothing, see _along
@@ -441,8 +447,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         learned,
         Path(statistics) if statistics else None,
         Path(cache),
+        device if by_block else None,
     )
-    on_gpu = parts.hardware.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started, started_cpu = time.perf_counter(), time.process_time()

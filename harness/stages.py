@@ -22,6 +22,7 @@ from typing import Any
 
 from harness.environment import peak_resident_bytes
 from harness.errors import ConfigError, RunError
+from harness.redaction import redact
 
 PRELOAD = [
     "torch",
@@ -111,7 +112,7 @@ def run_stage(
     if "error" in answer:
         if answer["traceback"]:
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(answer["traceback"], encoding="utf-8")
+            log.write_text(redact(answer["traceback"]), encoding="utf-8")
             raise StageFailure(stage, answer["error"], f"{answer['reason']} (traceback in {log})")
         raise StageFailure(stage, answer["error"], answer["reason"])
     return StageResult(answer["value"], seconds, answer["peak_bytes"])

@@ -12,7 +12,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from harness import markup
 from harness.records import read_record, write_json_atomically
+from harness.redaction import redact
 from harness.run import Outcome
 
 OUTCOME_FILE = "outcome.json"
@@ -22,7 +24,7 @@ STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "fa
 def remember(outcome: Outcome, folder: Path) -> None:
     """Leave the outcome of one job in its folder."""
     paths = [str(path) for path in (outcome.baseline, outcome.path) if path is not None]
-    entry = {"status": outcome.status, "title": outcome.title, "reason": outcome.reason, "records": paths}
+    entry = {"status": outcome.status, "title": outcome.title, "reason": redact(outcome.reason), "records": paths}
     write_json_atomically(entry, folder / OUTCOME_FILE)
 
 
@@ -55,10 +57,12 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     lines = [f"{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)]
     for entry in entries:
         if entry["status"] in ("failed", "refused"):
-            lines.append(wrapped(f"{entry['title']}: {entry['status']}: {entry['reason']}", width, "    ", "  "))
+            words = markup.plain(f"{entry['title']}: {entry['status']}: {entry['reason']}")
+            lines.append(wrapped(words, width, "    ", "  "))
     skipped = dict.fromkeys(entry["title"] for entry in entries if entry["status"] == "skipped")
     if skipped:
-        lines.append(wrapped(f"not run again (force=true does): {'; '.join(skipped)}", width, "    ", "  "))
+        words = markup.plain(f"not run again (force=true does): {'; '.join(skipped)}")
+        lines.append(wrapped(words, width, "    ", "  "))
     if not paths:
         return "\n".join(lines)
     results = results_of(paths[0])

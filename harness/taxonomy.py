@@ -235,3 +235,11 @@ def placement(name: str, taxonomy: str) -> Group | None:
     name: `card.name`; taxonomy: `card.taxonomy`, e.g. "quantization/weight_only".
     """
     return GROUP_OF.get(name) or GROUPS.get(taxonomy)
+
+
+def table_of_group(group: Group) -> Table:
+    """The table that has this group. Raises KeyError for a group of none."""
+    for table in TABLES:
+        if group in table.groups:
+            return table
+    raise KeyError(group.key)

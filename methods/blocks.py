@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from harness.errors import ConfigError
+from methods.streaming import ChunkStream, lent, lent_in_turn, tensors_outside, to_wait
 
 TRIAL_TOKENS = 8  # enough to tell what feeds what; costs nothing
 
@@ -134,10 +135,20 @@ class Block:
     calls: list[Call] = field(repr=False)  # one per chunk of calibration windows
     trial_call: Call = field(repr=False)
     trial_hidden: Tensor = field(repr=False)  # [1, few tokens, H], what the block met in a run of the whole model
+    device: torch.device | None = None  # where to compute; None: where the block is
 
-    def __call__(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """All chunks of hidden states [B, T, H] through the block."""
-        return [self.run(index, chunk) for index, chunk in enumerate(hidden)]
+    def __call__(self, hidden: Sequence[Tensor], enough: type[Exception] | tuple = ()) -> list[Tensor]:
+        """All chunks of hidden states [B, T, H] through the block; outputs wait where the chunks do.
+
+        enough: an exception that a hook raises to end a chunk early; such a chunk has no output.
+        """
+        chunks = ChunkStream(hidden, next(self.module.parameters()).device)
+        for index, chunk in enumerate(chunks):
+            try:
+                chunks.put(self.calls[index].run(self.module, chunk))
+            except enough:
+                continue
+        return chunks.finish()
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Chunk `index` through the block: computed where the block is, returned to where the chunk was kept."""
@@ -148,6 +159,17 @@ class Block:
         """The block's output [1, few tokens, H] on the trial input."""
         return self.trial_call.run(self.module, self.trial_hidden)
 
+    @contextmanager
+    def visiting(self) -> Iterator[Block]:
+        """The block is where it is computed while inside, and with what it then consists of at home afterwards."""
+        home = next(self.module.parameters()).device
+        if self.device is not None:
+            self.module.to(self.device)
+        try:
+            yield self
+        finally:
+            self.module.to(home)
+
     def linears(self) -> dict[str, nn.Module]:
         """Full dotted name -> linear."""
         return linears_in(self.module, self.name)
@@ -157,42 +179,63 @@ class Block:
         replace_module(self.module, name.removeprefix(self.name + "."), module)
 
 
+def one_at_a_time(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Every block in turn, where it is computed until the next one is asked for."""
+    for block in blocks:
+        with block.visiting():
+            yield block
+
+
 @torch.no_grad()
 def record_blocks(
-    module: nn.Module, windows: Tensor, windows_per_chunk: int | None = None, keep_on: torch.device | str | None = None
+    module: nn.Module,
+    windows: Tensor,
+    windows_per_chunk: int | None = None,
+    keep_on: torch.device | str | None = None,
+    compute_on: torch.device | str | None = None,
 ) -> tuple[list[Block], list[Tensor]]:
     """The decoder blocks, ready to be run one by one, and the hidden states that enter the first.
 
     windows: token ids [S, T]. They are cut into chunks of `windows_per_chunk` (None: one chunk).
     keep_on: where hidden states wait between blocks; None: where the model computes. "cpu" for large models.
+    compute_on: where blocks are computed, each of them there only in its turn; None: where the model is.
     The model is put in evaluation mode. Every block has its own recorded call: block 0's mask is not block 1's
     where windows alternate (Gemma 2). Raises ConfigError when the model does more between two blocks than hand the
     hidden states on, because walking the blocks would then be silently wrong.
     """
     module.eval()
     prefix, blocks = decoder_blocks(module)
-    device = next(blocks.parameters()).device
+    home = next(blocks.parameters()).device
+    device = home if compute_on is None else torch.device(compute_on)
     trial_windows = windows[:1, :TRIAL_TOKENS]
-    trial = _observe(module, blocks, trial_windows)
-    structures = [step.output for step in trial]
-    _check_chain(prefix, trial)
-    bypassed = _bypass(module, blocks, trial_windows, structures)
-    for index, (step, (_, call)) in enumerate(zip(trial, bypassed, strict=True)):
-        if not _same((step.call.args, step.call.kwargs), (call.args, call.kwargs)):
-            raise ConfigError(
-                f"{prefix}.{index}: the model derives this block's arguments from the hidden states of earlier blocks; "
-                "blocks cannot be run one by one, so choose a method that does not calibrate (method=rtn)"
-            )
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in blocks]
-    pool: list[Tensor] = []
-    for chunk in windows.split(windows_per_chunk or len(windows)):
-        recorded = _bypass(module, blocks, chunk, structures)
-        hidden.append(recorded[0][0].to(keep_on or device))
-        for index, (_, call) in enumerate(recorded):
-            calls[index].append(Call(_shared(call.args, pool), _shared(call.kwargs, pool), call.hidden_name))
+    with ExitStack() as stack:
+        if device != home:
+            stack.enter_context(lent(tensors_outside(_backbone(module), blocks), device))
+        with ExitStack() as trial_stack:
+            if device != home:
+                trial_stack.enter_context(lent_in_turn(blocks, device))
+            trial = _observe(module, blocks, trial_windows)
+        structures = [step.output for step in trial]
+        _check_chain(prefix, trial)
+        bypassed = _bypass(module, blocks, trial_windows, structures)
+        for index, (step, (_, call)) in enumerate(zip(trial, bypassed, strict=True)):
+            if not _same((step.call.args, step.call.kwargs), (call.args, call.kwargs)):
+                raise ConfigError(
+                    f"{prefix}.{index}: the model derives this block's arguments from the hidden states of earlier "
+                    "blocks; blocks cannot be run one by one, so choose a method that does not calibrate (method=rtn)"
+                )
+        pool: list[Tensor] = []
+        for chunk in windows.split(windows_per_chunk or len(windows)):
+            recorded = _bypass(module, blocks, chunk, structures)
+            hidden.append(to_wait(recorded[0][0], torch.device(keep_on or device)))
+            seen: dict[int, Tensor] = {}  # by identity: a chunk's blocks are given the same tensors
+            for index, (_, call) in enumerate(recorded):
+                args, kwargs = (_shared(part, pool, seen) for part in (call.args, call.kwargs))
+                calls[index].append(Call(args, kwargs, call.hidden_name))
     return [
-        Block(f"{prefix}.{index}", block, calls[index], trial[index].call, trial[index].hidden)
+        Block(f"{prefix}.{index}", block, calls[index], trial[index].call, trial[index].hidden, device)
         for index, block in enumerate(blocks)
     ], hidden
 
@@ -258,9 +301,12 @@ def _restore_forward(block: nn.Module, own: Callable | None) -> None:
 
 def _call_backbone(module: nn.Module, tokens: Tensor) -> None:
     """Run the model without its head: logits of a calibration set would cost more than a block."""
-    backbone = getattr(module, "base_model", module)
     device = module.get_input_embeddings().weight.device
-    backbone(input_ids=tokens.to(device), use_cache=False)
+    _backbone(module)(input_ids=tokens.to(device), use_cache=False)
+
+
+def _backbone(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_model", module)
 
 
 def _split(kind: str, args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
@@ -301,20 +347,29 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _shared(tree: Any, pool: list[Tensor]) -> Any:
-    """`tree` with every tensor that equals one already in `pool` replaced by that one: masks repeat."""
+def _shared(tree: Any, pool: list[Tensor], seen: dict[int, Tensor]) -> Any:
+    """`tree` with every tensor that equals one already in `pool` replaced by that one: masks repeat.
+
+    seen: id of a tensor -> the one in its place, for tensors that are alive; comparing costs a GPU a stop.
+    """
 
     def share(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        for known in pool:
-            alike = known.shape == value.shape and known.dtype == value.dtype and known.device == value.device
-            if known is value or (alike and torch.equal(known, value)):
-                return known
-        pool.append(value)
-        return value
+        if id(value) not in seen:
+            seen[id(value)] = _pooled(value, pool)
+        return seen[id(value)]
 
     return tree_map(share, tree)
+
+
+def _pooled(value: Tensor, pool: list[Tensor]) -> Tensor:
+    for known in pool:
+        alike = known.shape == value.shape and known.dtype == value.dtype and known.device == value.device
+        if known is value or (alike and torch.equal(known, value)):
+            return known
+    pool.append(value)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- what feeds what

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from harness.errors import RunError
 from methods.block_training import BlockTensors
-from methods.blocks import Block, decoder_blocks, input_groups, record_blocks
+from methods.blocks import Block, decoder_blocks, input_groups, one_at_a_time, record_blocks
+from methods.fused_sweep import FusedColumns, sweep_fused
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
 
 PANEL_COLUMNS = 192  # of the symmetric product that are computed at a time
+GPU_PANELS, GPU_PANEL_COLUMNS = 4, 2048  # of a symmetric product on a GPU: so many, but none narrower
+RESIDENT_SHARE = 0.25  # of the working memory that hidden states between blocks may take on a GPU
 INNER_COLUMNS = 16  # columns after which the rest of a lazy block is brought up to date
 CACHED_TOKENS = 1024  # a CPU's caches hold about what a block makes of so many; more at once wait for memory
 THREADED_MULTIPLICATIONS = 2**29  # a CPU product below this takes milliseconds; waiting threads would burn as much
@@ -63,21 +66,29 @@ class Moments:
             self._largest = torch.zeros(self.width, device=self.device)
 
     def add(self, x: Tensor) -> None:
-        """Take in the inputs x [N, C]."""
-        x = x.float()
+        """Take in the inputs x [N, C]. On a GPU 16-bit inputs are multiplied as they are, and added in float32."""
+        narrow = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+        x = x if narrow else x.float()
         self.tokens += len(x)
         if self.matrix:
             _add_product(self._upper, x)
+        elif narrow:  # one pass over x, without a copy of it in float32
+            self._diagonal += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
         else:
             self._diagonal += x.square().sum(0)
         if self.magnitudes:
             absolute = x.abs()
-            self._absolute += absolute.sum(0)
-            torch.maximum(self._largest, absolute.amax(0), out=self._largest)
+            self._absolute += absolute.sum(0, dtype=torch.float32)
+            torch.maximum(self._largest, absolute.amax(0).float(), out=self._largest)
 
     def second(self) -> Tensor:
         """Mean of x xᵀ over tokens, symmetric [C, C]."""
-        return (self._upper.triu() + self._upper.triu(1).T) / max(self.tokens, 1)
+        return _mirror(self._upper.clone()).div_(max(self.tokens, 1))
+
+    def take_second(self) -> Tensor:
+        """`second`, in the memory of the sums: nothing can be added or asked for afterwards."""
+        taken, self._upper = self._upper, None
+        return _mirror(taken).div_(max(self.tokens, 1))
 
     def squares(self) -> Tensor:
         """Mean of x² per channel [C]."""
@@ -112,12 +123,29 @@ _SUMS = ("upper", "diagonal", "absolute", "largest")
 
 
 def _add_product(upper: Tensor, x: Tensor) -> None:
-    """upper += xᵀ x on and above the diagonal; below it panels are left out, which saves nearly half on a CPU."""
-    if x.device.type != "cpu":
-        upper.addmm_(x.T, x)  # one large product is faster there than half of it in panels
-        return
-    for first in range(0, x.shape[1], PANEL_COLUMNS):
-        upper[first : first + PANEL_COLUMNS, first:].addmm_(x[:, first : first + PANEL_COLUMNS].T, x[:, first:])
+    """upper += xᵀ x on and above the diagonal; below it panels are left out, which saves nearly half."""
+    step = _panel_columns(x)
+    for first in range(0, x.shape[1], step):
+        rows, panel, rest = x[:, first : first + step].T, upper[first : first + step, first:], x[:, first:]
+        if x.dtype == upper.dtype:
+            panel.addmm_(rows, rest)
+        else:
+            panel.add_(torch.mm(rows, rest, out_dtype=upper.dtype))
+
+
+def _panel_columns(x: Tensor) -> int:
+    """Columns of [N, C] that go into one product; a GPU needs large ones to be filled."""
+    return PANEL_COLUMNS if x.device.type == "cpu" else max(-(-x.shape[1] // GPU_PANELS), GPU_PANEL_COLUMNS)
+
+
+def _mirror(upper: Tensor) -> Tensor:
+    """Copy what is above the diagonal to below it, in place and in panels."""
+    for first in range(0, len(upper), PANEL_COLUMNS):
+        last = first + PANEL_COLUMNS
+        corner = upper[first:last, first:last]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[last:, first:last] = upper[first:last, last:].T
+    return upper
 
 
 def blocks_to_calibrate(
@@ -127,13 +155,20 @@ def blocks_to_calibrate(
 
     sequential: as `calibrate_block` will be told. Where all linears see the unchanged block, a CPU is faster with
     chunks that its caches hold.
+    On a GPU, hidden states that take more than a quarter of the working memory wait in host memory between blocks.
     """
     windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
     _, modules = decoder_blocks(base.module)
+    device = torch.device(bench.device or next(modules.parameters()).device)
     per_chunk = windows_that_fit(modules[0], windows, working_memory_gib)
-    if sequential == "block" and next(modules.parameters()).device.type == "cpu":
-        per_chunk = min(per_chunk, max(1, CACHED_TOKENS // windows.shape[1]))
-    return record_blocks(base.module, windows, per_chunk)
+    if device.type == "cpu":
+        if sequential == "block":
+            per_chunk = min(per_chunk, max(1, CACHED_TOKENS // windows.shape[1]))
+        return record_blocks(base.module, windows, per_chunk, compute_on=bench.device)
+    width = base.module.get_input_embeddings().weight.shape[1]
+    resident = windows.numel() * width * next(modules.parameters()).element_size()
+    keep_on = None if resident <= RESIDENT_SHARE * working_memory_gib * 2**30 else "cpu"
+    return record_blocks(base.module, windows, per_chunk, keep_on, bench.device)
 
 
 def observed_blocks(
@@ -156,14 +191,14 @@ def observed_blocks(
     names = [f"{prefix}.{index}" for index in range(len(modules))]
     if kept is not None and not needs_hidden and all(map(kept.has, names)):
         windows = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
-        blocks, _ = record_blocks(base.module, windows[:1, :2])
-        for block in blocks:
+        blocks, _ = record_blocks(base.module, windows[:1, :2], compute_on=bench.device)
+        for block in one_at_a_time(blocks):
             found = kept.get(block.name)
             bench.log.spared_seconds += float(found.pop("seconds"))
             yield block, _moments_from(found, block), []
         return
     blocks, hidden = blocks_to_calibrate(base, bench, working_memory_gib, "block")
-    for block in blocks:
+    for block in one_at_a_time(blocks):
         started = time.perf_counter()
         moments, outputs = observe_block(block, hidden, magnitudes, matrix)
         if kept is not None:
@@ -193,15 +228,30 @@ def _moments_from(kept: dict[str, Tensor], block: Block) -> dict[str, Moments]:
     return found
 
 
-def quadratic_form(change: Tensor, second: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ) for a change ΔW [R, C] and a symmetric H [C, C]; products across the diagonal are taken once."""
-    total = 0.0
-    for first in range(0, change.shape[1], PANEL_COLUMNS):
-        last = first + PANEL_COLUMNS
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products of float32 matrices run on a GPU's matrix units while inside, their operands cut to tf32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def quadratic_form(change: Tensor, second: Tensor) -> Tensor:
+    """tr(ΔW H ΔWᵀ) for a change ΔW [R, C] and a symmetric H [C, C]; products across the diagonal are taken once.
+
+    A tensor [] in float64: nobody waits for it before its value is asked for.
+    """
+    step = _panel_columns(change)
+    total = torch.zeros((), dtype=torch.float64, device=change.device)
+    for first in range(0, change.shape[1], step):
+        last = first + step
         panel = change[:, first:last]
         inside = panel @ second[first:last, first:last]
         across = change[:, last:] @ second[last:, first:last]
-        total += torch.sum(inside.add_(across, alpha=2).mul_(panel)).item()
+        total += torch.sum(inside.add_(across, alpha=2).mul_(panel))
     return total
 
 
@@ -284,7 +334,6 @@ def _run(
     see: Callable[[int, Tensor], None],
 ) -> list[Tensor]:
     """Run every chunk through the block; `see(group index, x [N, C])` at each distinct input, and may end the chunk."""
-    outputs = []
     with ExitStack() as stack:
         for index, names in enumerate(groups):
 
@@ -292,12 +341,7 @@ def _run(
                 see(index, args[0].flatten(0, -2))
 
             stack.callback(linears[names[0]].register_forward_pre_hook(hook).remove)
-        for index, chunk in enumerate(hidden):
-            try:
-                outputs.append(block.run(index, chunk))
-            except _Enough:
-                continue
-    return outputs
+        return block(hidden, _Enough)
 
 
 def windows_that_fit(block: nn.Module, windows: Tensor, gib: float) -> int:
@@ -333,6 +377,7 @@ def sweep_columns(
     order: Tensor | None = None,
     see_pivots: Callable[[Tensor], None] | None = None,
     removed: Tensor | None = None,
+    fused: FusedColumns | None = None,
 ) -> Sweep:
     """Replace columns of W [R, C] one by one by `project`, spreading each error over the columns still to come.
 
@@ -342,6 +387,7 @@ def sweep_columns(
     order: positions -> column index; None sweeps from left to right.
     see_pivots: called once with the diagonal of U [C], by position, before the sweep begins.
     removed: bool [R, C], weights that an earlier method took out: zero when projected, so that the others make up.
+    fused: what `project` and `removed` do, in the form that a GPU kernel takes; used on a GPU that has Triton.
     A column that is never active (H_jj = 0) becomes zero. Updates beyond a block of `block_columns` are one product.
 
     With H⁻¹ = Uᵀ U, U upper triangular: e_j = (w_j - q_j) / U_jj, and w_k -= e_j U_jk for every k > j
@@ -349,14 +395,15 @@ def sweep_columns(
     """
     columns = weight.shape[1]
     order = torch.arange(columns, device=weight.device) if order is None else order
-    moment = moment[order][:, order]
-    dead = moment.diagonal() == 0
-    moment.diagonal()[dead] = 1
+    dead = moment.diagonal()[order] == 0
     work = weight.T[order]  # [C, R]: a column of W is contiguous; indexing copies
     work[dead] = 0
-    factor, used, retries = inverse_factor(moment, damping)
+    factor, used, retries = _factor_backwards(_live_backwards(moment, order, dead), damping)
     if see_pivots is not None:
         see_pivots(factor.diagonal())
+    if fused is not None and fused.runs_on(work):
+        error = sweep_fused(work, factor, order, fused, block_columns)
+        return Sweep(_in_place_of(order, work), error, used, retries)
     pivots = factor.diagonal().tolist()
     indices = order.tolist()
     error = weight.new_zeros(weight.shape[0])
@@ -378,9 +425,14 @@ def sweep_columns(
         with _threads_for(errors.numel() * (columns - last)):
             work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
         error += errors.square().sum(0)
-    solved = torch.empty_like(weight)
+    return Sweep(_in_place_of(order, work), error, used, retries)
+
+
+def _in_place_of(order: Tensor, work: Tensor) -> Tensor:
+    """Columns that were swept in this order [C, R], back where they belong: [R, C]."""
+    solved = work.new_empty(work.shape[1], work.shape[0])
     solved[:, order] = work.T
-    return Sweep(solved, error, used, retries)
+    return solved
 
 
 @contextmanager
@@ -417,18 +469,36 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float, int]:
 
     With H = R Rᵀ, R upper triangular (a Cholesky factor read backwards), U is R⁻¹.
     """
-    level = moment.diagonal().mean()
+    return _factor_backwards(moment.flip(0, 1), damping)
+
+
+def _live_backwards(moment: Tensor, order: Tensor, dead: Tensor) -> Tensor:
+    """H [C, C] in the reverse of an order of columns, with 1 on the diagonal where that order meets a dead one."""
+    reverse = order.flip(0)
+    backwards = moment.index_select(0, reverse).index_select(1, reverse)
+    backwards.diagonal().masked_fill_(dead.flip(0), 1)
+    return backwards
+
+
+def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """`inverse_factor` of a moment that is given backwards, and not needed afterwards: of few copies is there room."""
+    diagonal = backwards.diagonal().clone()
+    level = diagonal.flip(0).mean()
     if not torch.isfinite(level):
         raise RunError(
             "calibration inputs hold values that are not finite; score in float32 (hardware.scoring_dtype=float32)"
         )
     for retries in range(MAXIMUM_DAMPING_RETRIES + 1):
         used = damping * 10**retries
-        damped = moment.flip(0, 1)
-        damped.diagonal().add_(used * level)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        backwards.diagonal().copy_(diagonal).add_(used * level)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        if failed and backwards.device.type == "cuda" and backwards.dtype == torch.float32:  # it has float64 to spare
+            lower, failed = torch.linalg.cholesky_ex(backwards.double())
+            lower = lower.float()
         if not failed:
-            return inverse_of_upper(lower.flip(0, 1)), used, retries
+            del backwards
+            lower = lower.flip(0, 1)
+            return inverse_of_upper(lower), used, retries
     raise RunError(
         f"second moments are not positive definite even with damping {used:g}; raise method.damping above 0, or "
         "calibrate on more tokens"

@@ -15,6 +15,9 @@ os.environ |= {
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels run without a GPU
+
 from harness import artifact
 from harness.corpus import Corpus, GeneratedText
 from harness.method import Bench, LanguageModel

@@ -3,6 +3,9 @@
 A small model's step on a GPU is hundreds of kernels of a few microseconds each, and launching them from Python takes
 longer than running them. A graph launches all of them at once. It needs memory that stays in place: a cache of the
 final length, a buffer for the token. What reads the whole of such a cache reads its empty places too, masked.
+
+A large model's step is bound by memory, and what lies between its matrix products (norms, rotations, activations) is
+compiled into fewer kernels on request. That takes a minute or two for every shape of request.
 """
 
 from __future__ import annotations
@@ -35,18 +38,23 @@ class CapturedSteps:
     """Greedy decoding with a static cache; memory and graph are those of the latest shape of request.
 
     A model that cannot be captured is decoded in plain steps, and `state` says why.
+
+    compiler: backend of torch.compile for the step, "inductor"; None runs the model as it is written.
     """
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: TransformersEngine, compiler: str | None = None) -> None:
         self._engine = engine
+        self._reader = engine.module
+        self._compiler = compiler
         self._shape: tuple[int, int] | None = None
         self._slot: _Slot | None = None
-        self.state = self.name(engine.module.device)
+        self.state = self.name(engine.module.device, compiler)
 
     @staticmethod
-    def name(device: torch.device) -> str:
+    def name(device: torch.device, compiler: str | None) -> str:
         """For the row."""
-        return "CUDA graph" if device.type == "cuda" else "static cache"
+        name = "CUDA graph" if device.type == "cuda" else "static cache"
+        return name if compiler is None else f"compiled, {name}"
 
     def generate(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step."""
@@ -85,9 +93,14 @@ class CapturedSteps:
             self.state = "plain steps: layers with windows of their own change shape"
             return None
         token = torch.zeros(rows, 1, dtype=torch.long, device=module.device)
+        if self._compiler is not None:
+            torch.compiler.reset()  # torch gives up on a function after a few shapes, and says nothing
+            # at batch 1 this makes matrix products loops of ours, which read faster than the library's
+            options = {"coordinate_descent_tuning": True} if self._compiler == "inductor" else None
+            self._reader = torch.compile(module, backend=self._compiler, dynamic=False, options=options)
 
         def step() -> Tensor:
-            return self._engine.advance(token, cache).argmax(-1)
+            return self._engine.advance(token, cache, reader=self._reader).argmax(-1)
 
         if module.device.type != "cuda":
             return _Slot(cache, token, step)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["scoring", "decoding"]
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
-Steps = Literal["plain", "captured", "auto"]
+Steps = Literal["plain", "captured", "compiled", "auto"]
 
 LOGITS_HELD = 2**25  # float32 logits in memory at once: 134 MB, 682 positions of a vocabulary of 49,152
 LARGE_LOGIT = 100.0  # a cap or a scale on logits shows at this size, whatever the weights
@@ -65,7 +65,7 @@ class TransformersEngine:
     attention: the implementation of attention, see `harness.engines.attention`; None is transformers' choice.
     decoding: how tokens are generated; None is one after the other, each the likeliest.
     steps: "plain", or "captured": a static cache and one CUDA graph for all decoding steps (on a CPU the static cache
-        alone). "auto" captures on a GPU where the cache is the plain one.
+        alone). "compiled" compiles the step before. "auto" captures on a GPU where the cache is the plain one.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class TransformersEngine:
         if self.decoding is not None and choose is None:
             yield from self.decoding.generate(self, prompt, new_tokens, mask)
         elif mask is None and self._captures and choose is None:
-            self._captured = self._captured or CapturedSteps(self)
+            self._captured = self._captured or CapturedSteps(self, self._compiler)
             yield from self._captured.generate(prompt, new_tokens)
         else:
             cache, step = self.new_cache(), prompt
@@ -278,10 +278,13 @@ class TransformersEngine:
                 yield step[:, 0]
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, cache: Cache, keep: int = 1, mask: Tensor | None = None) -> Tensor:
+    def advance(
+        self, ids: Tensor, cache: Cache, keep: int = 1, mask: Tensor | None = None, reader: nn.Module | None = None
+    ) -> Tensor:
         """Logits of the last `keep` of the next tokens of what `cache` holds: ids [B, T] -> [B, keep, V].
 
         mask: [B, tokens held and T], 0 where a row is padded at its start.
+        reader: the module in another form, e.g. compiled.
         """
         *before, last = self._parts(ids)
         while before and last.shape[1] < keep:
@@ -291,7 +294,7 @@ class TransformersEngine:
         extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
         if mask is not None:
             extra |= self._padding(mask, ids.shape[1])
-        return self._read(self.module, last, cache, **extra).logits[:, -keep:]
+        return self._read(self.module if reader is None else reader, last, cache, **extra).logits[:, -keep:]
 
     def _padding(self, mask: Tensor, length: int) -> dict[str, Tensor]:
         """What the module must be told about rows that start with padding, for its newest `length` tokens."""
@@ -377,7 +380,7 @@ class TransformersEngine:
         names = ", ".join(kernel for kernel, _ in found.most_common()) or "dense matmul"
         parts = [names, *(part.name for part in (self.cache, self.decoding) if part is not None)]
         if self._captures:
-            captured = CapturedSteps.name(self.module.device)
+            captured = CapturedSteps.name(self.module.device, self._compiler)
             parts.append(captured if self._captured is None else self._captured.state)
         parts += [f"{self.attention} attention", str(self.module.dtype).removeprefix("torch.")]
         return ", ".join(parts)
@@ -391,7 +394,11 @@ class TransformersEngine:
     def _captures(self) -> bool:
         if self.steps == "auto":
             return self.cache is None and self.decoding is None and self.module.device.type == "cuda"
-        return self.steps == "captured" and self.cache is None and self.decoding is None
+        return self.steps in ("captured", "compiled") and self.cache is None and self.decoding is None
+
+    @property
+    def _compiler(self) -> str | None:
+        return "inductor" if self.steps == "compiled" else None
 
 
 def held_bytes(cache: Cache, dtype: torch.dtype) -> int:

@@ -6,6 +6,7 @@ Everything is counted from outside, on the files that were saved and the module 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,7 @@ def analytic_kv_bytes_per_token(module: nn.Module, dtype: torch.dtype) -> int:
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
     """How far memory rises above what is held now while `work` runs; None where the system does not say."""
+    gc.collect()  # what only a cycle still holds could go while `work` runs and hide as much of what it takes
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -227,7 +228,7 @@ class _Rows:
     def __init__(self, block_tokens: int, blocks: int | None) -> None:
         self.pool = BlockPool(block_tokens, blocks)
         self.sequences: list[Text] = []
-        self.layers: list[PagedLayer] = []
+        self.layers: WeakSet[PagedLayer] = WeakSet()  # layers hold the rows: memory goes with the last use, not later
         self._places: Tensor | None = None
 
     def places(self, layer: PagedLayer, rows: int, length: int, device: torch.device) -> Tensor:
@@ -261,7 +262,7 @@ class PagedCacheState(Cache):
     def __init__(self, layers: int, block_tokens: int, blocks: int | None = None) -> None:
         self.rows = _Rows(block_tokens, blocks)
         super().__init__(layers=[PagedLayer(self.rows) for _ in range(layers)])
-        self.rows.layers = self.layers
+        self.rows.layers.update(self.layers)
 
     def fork(self, copies: int) -> None:
         """Every row `copies` times, one after the other, in the same blocks: nothing is copied until one writes."""

@@ -343,6 +343,11 @@ class EndpointTeacher:
             raise ConfigError("text_teacher=endpoint needs the name of a model: text_teacher.model=NAME")
         if self.interface not in ("chat", "completions"):
             raise ConfigError(f"text_teacher.interface={self.interface}: choose chat or completions")
+        for name in ("url_variable", "key_variable"):
+            if not getattr(self, name).isidentifier():  # the value is not repeated: it may be the secret itself
+                raise ConfigError(
+                    f"text_teacher.{name} is the name of an environment variable; put the address or key in there"
+                )
         for name in ("parallel", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"text_teacher.{name}={getattr(self, name)}: must be at least 1")

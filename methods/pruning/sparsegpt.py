@@ -7,15 +7,16 @@ that later columns answer for both errors at once.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from methods.blocks import Block, plain_linears
+from methods.blocks import Block, one_at_a_time, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
+from methods.fused_sweep import FusedColumns
 from methods.pruning.masks import Pattern, lowest, removed_before
 from methods.pruning.sparse_linear import SparseLinear
 from methods.quantization.gptq import ColumnGrids
@@ -43,6 +44,7 @@ class SparseGPT:
     working_memory_gib: activations alive at once; a larger calibration set goes through in chunks.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     sparsity: float | str
     grid: IntegerGrid | None = None
     damping: float = 0.01
@@ -68,7 +70,7 @@ class SparseGPT:
             if self.grid is not None:
                 self.grid.check(name, linear.in_features)
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
-        for index, block in enumerate(bench.progress.track(blocks, "SparseGPT", len(blocks))):
+        for index, block in enumerate(bench.progress.track(one_at_a_time(blocks), "SparseGPT", len(blocks))):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=index == len(blocks) - 1)
         return base
 
@@ -80,7 +82,7 @@ class SparseGPT:
             group = [linears[name] for name in names]
             rows = [linear.out_features for linear in group]
             weight = torch.cat([linear.weight.float() for linear in group])
-            sweep, removed, scales = self.solve(weight, moments.second(), dtype, rows, removed_before(group))
+            sweep, removed, scales = self.solve(weight, moments.take_second(), dtype, rows, removed_before(group))
             if sweep.retries:
                 log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
             parts = zip(names, group, sweep.weight.split(rows), removed.split(rows), scales, strict=True)
@@ -108,15 +110,22 @@ class SparseGPT:
         Returns the sweep, the mask [R, C], and the scales of each linear (None without a grid).
         """
         scales: list[Scales | None] = [None] * len(rows)
-        finish = None
+        finish = rounded = None
         if self.grid is not None:
             scales = [self.grid.fit(part.contiguous(), dtype) for part in weight.split(rows)]
-            finish = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype).round
+            grids = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype)
+            finish, rounded = grids.round, grids.fused()
         masker = _Masker(self.pattern, self.mask_columns, rows, weight, finish, before)
         sweep = sweep_columns(
-            weight, moment, masker.project, self.damping, self.block_columns, see_pivots=masker.see_pivots
+            weight,
+            moment,
+            masker.project,
+            self.damping,
+            self.block_columns,
+            see_pivots=masker.see_pivots,
+            fused=masker.fused(rounded),
         )
-        return sweep, masker.removed, scales
+        return sweep, masker.gone.T, scales
 
 
 @dataclass
@@ -129,11 +138,13 @@ class _Masker:
     weight: Tensor
     finish: Callable[[Tensor, int, object], Tensor] | None
     before: Tensor | None = None  # [R, C], removed already
-    removed: Tensor = field(init=False)  # [R, C]
+    gone: Tensor = field(init=False)  # [C, R], what is removed
     pivots: Tensor = field(init=False)  # [C]
 
     def __post_init__(self) -> None:
-        self.removed = torch.zeros_like(self.weight, dtype=torch.bool)
+        self.gone = torch.zeros(self.weight.T.shape, dtype=torch.bool, device=self.weight.device)
+        if self.before is not None:
+            self.gone.copy_(self.before.T)
 
     def see_pivots(self, pivots: Tensor) -> None:
         """Take the diagonal of U: w² / U_jj² is what removing w costs once columns before j are settled."""
@@ -144,10 +155,26 @@ class _Masker:
         width = self.pattern.of or self.mask_columns
         if k % width == 0:
             last = min(k + width, self.weight.shape[1])
-            scores = (current(k, last) / self.pivots[k:last]).square()
-            if self.before is not None:
-                scores.masked_fill_(self.before[:, k:last], -torch.inf)
-            chosen = [lowest(part, self.pattern, "layer") for part in scores.split(self.rows)]
-            self.removed[:, k:last] = torch.cat(chosen)
-        kept = column.masked_fill(self.removed[:, k], 0)
+            self.gone[k:last] = self._chosen(k, current(k, last)).T
+        kept = column.masked_fill(self.gone[k], 0)
         return kept if self.finish is None else self.finish(kept, k, current)
+
+    def _chosen(self, k: int, present: Tensor) -> Tensor:
+        """What to remove of columns from k on, by their present values [R, w]: bool [R, w]."""
+        here = slice(k, k + present.shape[1])
+        scores = (present / self.pivots[here]).square()
+        if self.before is not None:
+            scores.masked_fill_(self.before[:, here], -torch.inf)
+        return torch.cat([lowest(part, self.pattern, "layer") for part in scores.split(self.rows)])
+
+    def fused(self, rounded: FusedColumns | None) -> FusedColumns:
+        """What `project` does, for a GPU kernel that rounds so; it chooses N of M neighbours itself."""
+        rounded = replace(rounded or FusedColumns(), removed=self.gone)
+        if self.pattern.of is not None:
+            return replace(rounded, keep=self.pattern.keep, of=self.pattern.of)
+
+        def begin(first: int, present: Tensor) -> None:
+            values = present[: self.mask_columns]
+            self.gone[first : first + len(values)] = self._chosen(first, values.T).T
+
+        return replace(rounded, begin=begin, align=self.mask_columns)

@@ -7,13 +7,13 @@ A block is scored on what the pruned blocks before it hand on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from methods.blocks import plain_linears
+from methods.blocks import one_at_a_time, plain_linears
 from methods.curvature import Moments, blocks_to_calibrate, calibrate_block
 from methods.pruning.masks import SCOPES, Pattern, Scope, lowest
 from methods.pruning.sparse_linear import SparseLinear
@@ -31,6 +31,7 @@ class Wanda:
     working_memory_gib: activations alive at once; a larger calibration set goes through in chunks.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     sparsity: float | str
     scope: Scope = "row"
     working_memory_gib: float = 4.0
@@ -49,7 +50,7 @@ class Wanda:
         for name, linear in plain_linears(base.module).items():
             pattern.check(name, linear.in_features)
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, "block")
-        for index, block in enumerate(bench.progress.track(blocks, "Wanda", len(blocks))):
+        for index, block in enumerate(bench.progress.track(one_at_a_time(blocks), "Wanda", len(blocks))):
             pruned = {}
             linears = block.linears()
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from methods.blocks import Block, decoder_blocks, plain_linears
-from methods.curvature import Moments, observed_blocks, quadratic_form
+from methods.curvature import Moments, observed_blocks, quadratic_form, tensor_cores
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import pack_linear
 from methods.quantization.smoothing import Folding, find_foldings, fold
@@ -44,6 +44,7 @@ class AWQ:
     working_memory_gib: activations alive at once; a larger calibration set goes through in chunks.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     grid: IntegerGrid
     search_points: int = 20
     clip: bool = True
@@ -79,12 +80,13 @@ class AWQ:
         linears = block.linears()
         foldings, unscaled = find_foldings(block)
         log.info("%s: no folding leads into %s", block.name, ", ".join(unscaled) or "none of its linears (all scaled)")
-        second = {name: found.second() for name, found in moments.items()}
+        distinct = {id(found): found.second() for found in moments.values()}
+        second = {name: distinct[id(found)] for name, found in moments.items()}
         scales = [self._best_scale(block, folding, hidden, moments, second, dtype) for folding in foldings]
         for folding, scale in zip(foldings, scales, strict=True):  # every search saw the block unscaled
             fold(block, folding, scale)
-            for name in folding.readers:
-                second[name] = moment_of_scaled(second[name], scale)
+            scaled = moment_of_scaled(second[folding.readers[0]], scale)
+            second |= dict.fromkeys(folding.readers, scaled)
         for name, linear in linears.items():
             weight = linear.weight.float()
             clipped = self.clip and not any(part in name.rpartition(".")[2] for part in NOT_CLIPPED)
@@ -120,6 +122,7 @@ class AWQ:
         """
         scales = [channel_scale(magnitude, point / self.search_points) for point in range(self.search_points)]
         losses = [loss(weights, [self._rounded(weight, scale, dtype) for weight in weights]) for scale in scales]
+        losses = [float(value) for value in losses]  # a GPU is waited for here, once
         return scales[losses.index(min(losses))], losses  # the first of equals: plain rounding if nothing beats it
 
     def _rounded(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,11 +159,15 @@ def moment_of_scaled(second: Tensor, scale: Tensor) -> Tensor:
     return second / torch.outer(scale, scale)
 
 
-def moment_loss(second: Tensor) -> Callable[[list[Tensor], list[Tensor]], float]:
-    """loss(weights, rounded): mean squared output error summed over the linears, tr(ΔW H ΔWᵀ)."""
+def moment_loss(second: Tensor) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+    """loss(weights, rounded): mean squared output error summed over the linears, tr(ΔW H ΔWᵀ).
 
-    def loss(weights: list[Tensor], rounded: list[Tensor]) -> float:
-        return quadratic_form(torch.cat(rounded).sub_(torch.cat(weights)), second)
+    On a GPU operands are cut to 11 bits (tf32): candidates differ by more than that changes.
+    """
+
+    def loss(weights: list[Tensor], rounded: list[Tensor]) -> Tensor:
+        with tensor_cores():
+            return quadratic_form(torch.cat(rounded).sub_(torch.cat(weights)), second)
 
     return loss
 
@@ -226,7 +233,7 @@ def _diagonal_blocks(second: Tensor, grid: IntegerGrid, columns: int) -> Tensor:
 def _group_errors(grid: IntegerGrid, change: Tensor, blocks: Tensor, second: Tensor) -> Tensor:
     """δ H_g δᵀ for every row and group of a change [R, C]: [R, G] ([1, 1] for a tensor-wide grid)."""
     if grid.group_size == "tensor":
-        return change.new_full((1, 1), quadratic_form(change, second))
+        return quadratic_form(change, second).to(change.dtype).view(1, 1)
     width, groups = blocks.shape[1], blocks.shape[0]
     missing = width * groups - change.shape[1]
     by_group = functional.pad(change, (0, missing)).view(len(change), groups, width).transpose(0, 1)  # [G, R, g]

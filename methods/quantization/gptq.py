@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from methods.blocks import Block, plain_linears
+from methods.blocks import Block, one_at_a_time, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
+from methods.fused_sweep import FusedColumns
 from methods.pruning.masks import removed_before
 from methods.quantization.grids import Grid, IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, pack_linear
@@ -40,9 +41,10 @@ class GPTQ:
     sequential: "linear" calibrates each linear on inputs from the already rounded ones before it in its block;
         "block" calibrates a block on its unrounded self.
     working_memory_gib: activations alive at once; a calibration set that does not fit goes through in chunks, with
-        the same result at a higher cost.
+        the same result at a higher cost. On a GPU, a quarter of it is for hidden states between blocks.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     grid: Grid
     inputs: InputGrid | None = None
     damping: float = 0.01
@@ -78,7 +80,7 @@ class GPTQ:
         for name, linear in plain_linears(base.module).items():
             self._check(name, linear.in_features)
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
-        for block in bench.progress.track(blocks, "GPTQ", len(blocks)):
+        for block in bench.progress.track(one_at_a_time(blocks), "GPTQ", len(blocks)):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
         return base
 
@@ -96,9 +98,9 @@ class GPTQ:
 
         def change(names: list[str], moments: Moments) -> None:
             group = [linears[name] for name in names]
-            weights = torch.cat([linear.weight.float() for linear in group])
             rows = [linear.out_features for linear in group]
-            sweep, scales = self.solve(weights, moments.second(), dtype, rows, removed_before(group))
+            weight = torch.cat([linear.weight for linear in group]).float()
+            sweep, scales = self.solve(weight, moments.take_second(), dtype, rows, removed_before(group))
             if sweep.retries:
                 log.warning("%s: damping raised %d times to %g", ", ".join(names), sweep.retries, sweep.damping)
             for name, linear, weight, own in zip(names, group, sweep.weight.split(rows), scales, strict=True):
@@ -123,8 +125,11 @@ class GPTQ:
         live = weight.masked_fill(moment.diagonal() == 0, 0)
         scales = [self.grid.fit(part.contiguous(), dtype) for part in live.split(rows)]
         grids = ColumnGrids(self.grid, scales, rows, weight.shape[1], weight.dtype)
-        project = grids.refit_then_round if self.groups == "dynamic" else grids.round
-        sweep = sweep_columns(weight, moment, project, self.damping, self.block_columns, order, removed=removed)
+        dynamic = self.groups == "dynamic"
+        project, fused = grids.refit_then_round if dynamic else grids.round, grids.fused(dynamic, removed)
+        sweep = sweep_columns(
+            live, moment, project, self.damping, self.block_columns, order, removed=removed, fused=fused
+        )
         return sweep, grids.split(rows)
 
 
@@ -153,12 +158,33 @@ class ColumnGrids:
     def refit_then_round(self, column: Tensor, k: int, current: object) -> Tensor:
         """Like `round`, but at the start of a group its grid is fitted to the present weights."""
         if k % self.width == 0:
-            values = current(k, min(k + self.width, self.columns)).contiguous()
-            row = IntegerGrid(self.grid.bits, self.grid.symmetric, None)
-            fitted = row.fit(values, self.storage_dtype)
-            self.scale[k // self.width] = fitted.scale[:, 0].to(self.scale.dtype)
-            self.zero[k // self.width] = fitted.zero[:, 0].to(self.zero.dtype)
+            self._refit(k, current(k, min(k + self.width, self.columns)))
         return self.round(column, k, current)
+
+    def _refit(self, k: int, values: Tensor) -> None:
+        """Fit the grid of the group that begins with column k to its present values [R, g]."""
+        row = IntegerGrid(self.grid.bits, self.grid.symmetric, None)
+        fitted = row.fit(values.contiguous(), self.storage_dtype)
+        self.scale[k // self.width] = fitted.scale[:, 0].to(self.scale.dtype)
+        self.zero[k // self.width] = fitted.zero[:, 0].to(self.zero.dtype)
+
+    def fused(self, dynamic: bool = False, removed: Tensor | None = None) -> FusedColumns | None:
+        """What `round`, or `refit_then_round`, does after removing weights (bool [R, C]), for a GPU kernel."""
+        if not isinstance(self.grid, IntegerGrid):
+            return None
+
+        def begin(first: int, present: Tensor) -> None:
+            self._refit(first, present[: self.width].T)
+
+        return FusedColumns(
+            self.scale,
+            self.zero,
+            self.width,
+            self.grid.top,
+            None if removed is None else removed.T.contiguous(),
+            begin=begin if dynamic else None,
+            align=self.width,
+        )
 
     def split(self, rows: list[int]) -> list[Scales]:
         """Scales per linear, in the type and shape they are stored in."""

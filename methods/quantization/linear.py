@@ -7,6 +7,7 @@ platform's kernel where there is one (speed). In memory and on disk the integer 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,6 +26,7 @@ INT4_GROUPS = (256, 128, 64, 32)  # group sizes that torch's kernel accepts
 INT4_ROWS = 128  # from this many rows of input on, one dense product costs less than the packed kernel
 INT4_BLOCK = 64  # output channels that torch's operand interleaves where the CPU has AVX-512
 INT8_ROWS = 32
+SLOTS = (2, 4, 8)  # bits that a code takes in the operand of our GPU kernels
 
 Mode = Literal["stored", "scoring", "decoding"]
 
@@ -206,6 +208,7 @@ class QuantizedLinear(PackedLinear):
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
         self.register_buffer("operand", None, persistent=False)
         self.register_buffer("operand_scale", None, persistent=False)
+        self.register_buffer("operand_zero", None, persistent=False)  # of our GPU kernels
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -297,12 +300,14 @@ class QuantizedLinear(PackedLinear):
         return self.grid.decode(self.codes(), self.scales()).to(dtype)
 
     def decode_operand(self, dtype: torch.dtype) -> bool:
-        """torch's packed operand where the platform multiplies it."""
+        """The packed operand of torch's kernels on a CPU, or of ours on a GPU, where one multiplies it."""
         kernel = decoding_kernel(self.grid, self.in_features, self.out_features, self.weight_packed.device, dtype)
         if kernel == DEQUANTISED or self.inputs is not None:
             return False
         self.kernel = kernel
-        if kernel == INT8:
+        if self.weight_packed.device.type == "cuda":
+            self._triton_operand()
+        elif kernel == INT8:
             self.operand = (self.codes().to(torch.int16) - 128).to(torch.int8)
             self.operand_scale = self.weight_scale.flatten().to(dtype)
         else:
@@ -311,15 +316,27 @@ class QuantizedLinear(PackedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias, through the packed kernel."""
+        if self.operand_zero is not None:
+            bits = 32 * self.operand.shape[1] // self.in_features
+            return torch.ops.harness.packed_product(x, self.operand, self.operand_scale, self.operand_zero, bits)
         return self._int8(x) if self.kernel == INT8 else self._int4(x)
 
     def drop_operand(self) -> None:
         """Forget the packed operand."""
-        self.operand = self.operand_scale = None
+        self.operand = self.operand_scale = self.operand_zero = None
 
     def extra_repr(self) -> str:
         """Shape, grid and kernel."""
         return f"{self.in_features}, {self.out_features}, {self.grid}, kernel={self.kernel}"
+
+    def _triton_operand(self) -> None:
+        from methods.quantization.packed_product import interleave, run_columns
+
+        run = run_columns(self.grid.width(self.in_features))
+        self.operand = interleave(self.codes(), slot_bits(self.grid.bits), run)
+        scales, shape = self.scales(), (self.out_features, self.grid.groups(self.in_features))
+        self.operand_scale = scales.scale.expand(shape).contiguous()
+        self.operand_zero = scales.zero.expand(shape).to(torch.uint8).contiguous()
 
     def _int4_operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """torch's operand, and scale and offset [K / g, N, 2] with w = (slot - 8) * scale + offset."""
@@ -351,6 +368,8 @@ def decoding_kernel(grid: IntegerGrid, columns: int, rows: int, device: torch.de
 
     torch's CPU kernels are fast in bfloat16 only: in float32 they fall back to a loop that is slower than dense.
     """
+    if device.type == "cuda":
+        return _triton_kernel(grid, columns, dtype)
     if device.type != "cpu" or dtype != torch.bfloat16:
         return DEQUANTISED
     if grid.bits == 8 and grid.symmetric and grid.group_size is None:
@@ -359,6 +378,24 @@ def decoding_kernel(grid: IntegerGrid, columns: int, rows: int, device: torch.de
     if grid.bits <= 4 and divides and rows % 16 == 0 and _int4_group(grid.width(columns)):
         return INT4 if grid.bits == 4 else f"{INT4}, {grid.bits}-bit codes in 4-bit slots"
     return DEQUANTISED
+
+
+def slot_bits(bits: int) -> int:
+    """Bits that a code takes in the operand of the GPU kernels."""
+    return next(slot for slot in SLOTS if bits <= slot)
+
+
+def _triton_kernel(grid: IntegerGrid, columns: int, dtype: torch.dtype) -> str:
+    width = grid.width(columns)
+    if dtype not in (torch.bfloat16, torch.float16) or columns % width or find_spec("triton") is None:
+        return DEQUANTISED
+    from methods.quantization.packed_product import run_columns
+
+    if run_columns(width) is None:
+        return DEQUANTISED
+    slot = slot_bits(grid.bits)
+    name = f"int{slot} packed (Triton)"
+    return name if slot == grid.bits else f"{name}, {grid.bits}-bit codes in {slot}-bit slots"
 
 
 def int4_codes(operand: Tensor) -> Tensor:

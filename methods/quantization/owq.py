@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
-from methods.blocks import Block, plain_linears
+from methods.blocks import Block, one_at_a_time, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
+from methods.fused_sweep import FusedColumns
 from methods.quantization.grids import IntegerGrid, Scales
 from methods.quantization.linear import PackedLinear, pack_linear
 from methods.quantization.outliers import ColumnOutlierLinear
@@ -37,6 +38,7 @@ class OWQ:
     damping, activation_order, block_columns, sequential, working_memory_gib: as in GPTQ. Groups are static.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     grid: IntegerGrid
     extra_bits: float = 0.01
     search_points: int = 100
@@ -67,7 +69,7 @@ class OWQ:
         for name, linear in plain_linears(base.module).items():
             self.grid.check(name, linear.in_features)
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
-        for block in bench.progress.track(blocks, "OWQ", len(blocks)):
+        for block in bench.progress.track(one_at_a_time(blocks), "OWQ", len(blocks)):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
         return base
 
@@ -115,7 +117,10 @@ class OWQ:
             group = slice(k // width, k // width + 1)
             return single.round(column[:, None], Scales(scales.scale[:, group], scales.zero[:, group]))[:, 0]
 
-        return sweep_columns(weight, moment, project, self.damping, self.block_columns, order), scales, weak
+        stacked = [part.T.to(weight.dtype).contiguous() for part in (scales.scale, scales.zero)]
+        fused = FusedColumns(*stacked, width, self.grid.top, kept=kept, kept_dtype=dtype)
+        sweep = sweep_columns(weight, moment, project, self.damping, self.block_columns, order, fused=fused)
+        return sweep, scales, weak
 
     def weak_columns(self, weight: Tensor, moment: Tensor, dtype: torch.dtype, count: int) -> Tensor:
         """Indices, ascending, of the `count` columns of W [R, C] with the largest λ_j ‖ΔW_j‖².

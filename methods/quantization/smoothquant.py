@@ -7,7 +7,7 @@ into what reads it. Only norms are producers; every linear of a block is quantiz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class SmoothQuant:
     working_memory_gib: activations alive at once; a larger calibration set goes through in chunks.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     grid: Grid
     inputs: InputGrid
     migration: float = 0.5

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from methods.blocks import Block, plain_linears
+from methods.blocks import Block, one_at_a_time, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, inverse_factor, sweep_columns
 from methods.quantization.outliers import (
     WIDEST,
@@ -45,6 +45,7 @@ class SpQR:
     damping, activation_order, block_columns, sequential, working_memory_gib: as in GPTQ.
     """
 
+    computes_block_by_block: ClassVar[bool] = True
     bits: int
     group_size: int = 16
     statistics_bits: int = 3
@@ -82,7 +83,7 @@ class SpQR:
                     f"{self.group_size} and at most {WIDEST}; choose a group size that divides them"
                 )
         blocks, hidden = blocks_to_calibrate(base, bench, self.working_memory_gib, self.sequential)
-        for index, block in enumerate(bench.progress.track(blocks, "SpQR", len(blocks))):
+        for index, block in enumerate(bench.progress.track(one_at_a_time(blocks), "SpQR", len(blocks))):
             hidden = self._compress_block(block, hidden, base.storage_dtype, last=block is blocks[-1])
             layers = [layer for layer in block.linears().values() if isinstance(layer, SparseOutlierLinear)]
             outliers = sum(len(layer.outlier_values) for layer in layers)

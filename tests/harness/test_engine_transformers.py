@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import VOCABULARY, byte_tokenizer, causal_model, token_ids
 
+from harness.engines.captured import CapturedSteps
 from harness.engines.transformers import TransformersEngine
 from harness.errors import ConfigError, RunError
 
@@ -152,6 +153,19 @@ def test_a_static_cache_generates_the_same(kind):
         expected = torch.stack(list(plain.generate(prompt, 7)), dim=1)
         assert torch.equal(torch.stack(list(captured.generate(prompt, 7)), dim=1), expected)
     assert "static cache" in captured.kernels()
+
+
+def test_a_compiled_step_generates_the_same_whatever_shapes_came_before(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # past it torch gives up without a word
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    module = causal_model()
+    engine = TransformersEngine(module)
+    steps = CapturedSteps(engine, compiler="eager")  # traced as for inductor, and nothing is generated
+    for length in (3, 4, 6):
+        prompt = token_ids(1, length)
+        expected = torch.stack(list(engine.generate(prompt, 4)))
+        assert torch.equal(torch.stack(list(steps.generate(prompt, 4))), expected)
+    assert "compiled" in steps.state
 
 
 def test_layers_with_windows_of_their_own_are_decoded_in_plain_steps_and_the_row_says_so():

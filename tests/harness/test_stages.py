@@ -78,10 +78,14 @@ def test_every_end_is_data(tmp_path, function, kind, reason):
     assert failure.value.stage == "test"
 
 
-def test_an_unexpected_error_leaves_its_traceback(tmp_path):
+def test_an_unexpected_error_leaves_its_traceback_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "nobody expected")
     with pytest.raises(StageFailure, match=r"log\.txt"):
         stage(tmp_path, break_down)
-    assert "break_down" in (tmp_path / "log.txt").read_text()
+    left = (tmp_path / "log.txt").read_text()
+    assert "break_down" in left
+    assert "[secret] this" in left
+    assert "nobody expected" not in left
 
 
 def test_a_stage_over_its_limit_is_ended(tmp_path):

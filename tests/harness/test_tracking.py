@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from wandb_stand_in import StandIn
 from harness import tracking
 from harness.records import read_record
 from harness.tracking import NoTracker, WandbTracker, flat_config, metric_name, summary, tags
+from tests.test_conf import resolved
 
 WANDB_VARIABLES = [name for name in os.environ if name.startswith("WANDB_")]
 
@@ -37,14 +39,22 @@ def server(monkeypatch):
     stand_in.stop()
 
 
-def logged_elsewhere(record_path: Path, results: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
-    """Log a record in a process of its own: the SDK keeps settings for as long as a process lives."""
+def logged_elsewhere(
+    record_path: Path, results: Path, mode: str, before: str = "", times: int = 1, limits: str = "", **environment: str
+) -> subprocess.CompletedProcess:
+    """Log a record in a process of its own: the SDK keeps settings for as long as a process lives.
+
+    before: code that runs first; times: how often the record is logged; limits: of the tracker, as arguments.
+    """
     code = (
-        "from pathlib import Path; from harness.records import read_record; from harness.tracking import WandbTracker\n"
-        f"print(WandbTracker('project', mode={mode!r}, group='sweep-1')"
-        f".log(read_record(Path({str(record_path)!r})), Path({str(results)!r})))"
+        "from pathlib import Path; from harness.records import read_record; from harness import tracking\n"
+        f"{before}\n"
+        f"tracker = tracking.WandbTracker('project', mode={mode!r}, group='sweep-1', {limits})\n"
+        f"for _ in range({times}):\n"
+        f"    print(tracker.log(read_record(Path({str(record_path)!r})), Path({str(results)!r})))"
     )
-    variables = {**os.environ, **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not ours to break
+    variables = {**inherited, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=variables)
 
 
@@ -72,7 +82,7 @@ def test_offline_run_reads_back_as_the_record(results):
     found = inspect(place)
     assert found["run_id"] == run.id
     assert found["state"] == "finished"
-    assert set(found["tags"]) == {"gptq", "4bit", "quantization", "finished"}
+    assert set(found["tags"]) == {"gptq", "4bit", "quantization", "weight_only", "finished"}
     assert {name: found["config"][name] for name in ("method", "bits", "model", "hardware", "seed")} == {
         "method": "gptq", "bits": 4, "model": run.model, "hardware": "cpu", "seed": 0
     }  # fmt: skip
@@ -125,12 +135,17 @@ def test_online_sends_the_record_to_the_server(results, server, tmp_path):
     done = logged_elsewhere(_write(run, tmp_path), results, "online", WANDB_API_KEY="a" * 40)
     assert run.id in done.stdout, done.stderr
     sent = server.runs[run.id]
-    assert sent["groupName"] == "sweep-1"
+    assert (sent["groupName"], sent["jobType"]) == ("sweep-1", "method")
+    assert sent.get("host") is None
     assert json.loads(sent["config"])["method"]["value"] == "gptq"
     sent_files = [chunk.get("files") or {} for chunk in server.streams[run.id]]
     last = [files["wandb-summary.json"]["content"][-1] for files in sent_files if "wandb-summary.json" in files][-1]
     assert json.loads(last)[metric_name(run.find("perplexity"))] == pytest.approx(run.value("perplexity"))
     assert server.files["samples/tokens.parquet"] == b"outcomes of tokens"
+    (artifact,) = server.artifacts
+    table = json.loads(server.files[f"artifact/{artifact}/{tracking.TABLE}.table.json"])
+    assert server.artifacts[artifact]["state"] == "COMMITTED"
+    assert [row[:2] for row in table["data"]] == [[m.metric, pytest.approx(m.value)] for m in run.measurements]
     assert not server.unknown
 
 
@@ -144,6 +159,84 @@ def test_online_without_an_answer_is_logged_offline_at_once(results, tmp_path):
     assert "offline-run" in done.stdout
     assert "does not answer" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_broken_servers_are_waited_for_once_and_the_run_goes_on(tmp_path):
+    """One is slow, one answers with errors, one with errors after the run began; all at once, to wait only once."""
+    path = _write(record("gptq", 4), tmp_path)
+    faults = (
+        ({"delay": 60}, "init_seconds=1", "did not take it"),
+        ({"broken": ("/graphql",)}, "init_seconds=1", "did not take it"),
+        ({"broken": ("/file_stream",)}, "finish_seconds=1", "Timed out finishing"),
+    )
+
+    def log(fault: dict, limits: str, reason: str) -> tuple[str, subprocess.CompletedProcess]:
+        server = StandIn()
+        vars(server).update(fault)
+        folder = tmp_path / str(server.server.server_port)
+        variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+        try:
+            return reason, logged_elsewhere(path, folder, "online", times=2, limits=limits, **variables)
+        finally:
+            server.stop()
+
+    with ThreadPoolExecutor(len(faults)) as workers:
+        answers = list(workers.map(log, *zip(*faults, strict=True)))
+    for reason, done in answers:
+        assert done.returncode == 0
+        assert done.stdout.count("offline-run") == 2
+        first, second = done.stderr.splitlines()
+        assert reason in first
+        assert "failed before" in second
+
+
+@pytest.mark.parametrize("end", ["kill", "suspend"])
+def test_a_dead_or_stuck_service_is_a_warning_and_the_next_run_has_another(results, tmp_path, end):
+    """The SDK's process dies or hangs while a run is logged; nothing raises, here or when the program ends."""
+    breaking = f"""
+import psutil
+calls, attach = [], tracking._attach
+def broken(*arguments):  # the second time; the process is up by then, and is waited for no longer than it must
+    calls.append(arguments)
+    tracking.SLACK_SECONDS = 0 if len(calls) == 1 else 60
+    for child in psutil.Process().children() if len(calls) == 2 else ():
+        child.{end}()
+    attach(*arguments)
+tracking._attach = broken
+"""
+    limits = "init_seconds=1, finish_seconds=1"
+    done = logged_elsewhere(
+        _write(record("gptq", 4), tmp_path), results, "offline", before=breaking, times=3, limits=limits
+    )
+    assert done.returncode == 0
+    whole, lost, kept = done.stdout.splitlines()
+    assert lost == "None"
+    assert whole != kept
+    assert inspect(kept)["state"] == "finished"
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+    assert "is not in W&B" in done.stderr
+
+
+def test_secrets_reach_neither_w_and_b_nor_any_file_nor_the_terminal(results, server, tmp_path):
+    """Planted in the environment, in the configuration of a teacher, on the command line and in a failure's reason."""
+    planted = {
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "HF_TOKEN": "token-of-a-hub",
+        "OPENAI_API_KEY": "key-of-an-endpoint",
+    }
+    in_config = "plain-text-key"
+    config = {"text_teacher": {"api_key": in_config, "url": f"https://me:{in_config}@host/v1?k={planted['HF_TOKEN']}"}}
+    run = failed(record("gptq", 4, loss=0.03), f"status 401: no such key {planted['OPENAI_API_KEY']}")
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(asdict(replace(run, config={**run.config, **config}))))
+    before = "import sys; sys.argv.append('text_teacher.key=typed-on-the-command-line')"
+    done = logged_elsewhere(path, results, "online", before=before, **planted)
+    assert run.id in done.stdout, done.stderr
+    files = [file.read_bytes() for file in results.rglob("*") if file.is_file()]
+    everything = [*server.received, *files, done.stdout.encode(), done.stderr.encode()]
+    assert any(b"no such key [secret]" in content for content in server.received)
+    for secret in (*planted.values(), in_config, "typed-on-the-command-line"):
+        assert not [content for content in everything if secret.encode() in content]
 
 
 def test_online_without_a_key_neither_prompts_nor_fails(results, server, tmp_path):
@@ -205,6 +298,22 @@ def test_config_is_flat_and_loses_nothing():
     assert config["method_order"] == "1, 2"
 
 
+def test_config_says_where_the_survey_has_it_and_what_numbers_compare():
+    config = flat_config(record("gptq", 4))
+    assert (config["table"], config["family"], config["category"]) == ("table_1", "quantization", "weight_only")
+    assert config["perplexity_on"] == QUICK
+    assert config["machine"] == "AMD EPYC 9B14"
+    assert flat_config(record("dense"))["table"] is None
+
+
+def test_plain_names_hold_the_first_number_of_each_metric_and_its_interval():
+    run = record("gptq", 4, batches=(1, 4))
+    numbers = summary(run)
+    for metric in ("perplexity", "time_per_output_token_ms", "effective_bits_per_weight"):
+        assert numbers[metric] == run.value(metric)
+    assert (numbers["perplexity_low"], numbers["perplexity_high"]) == run.find("perplexity").interval
+
+
 def test_summary_has_every_number_under_a_name_of_its_own():
     run = record("gptq", 4)
     numbers = summary(run)
@@ -214,6 +323,10 @@ def test_summary_has_every_number_under_a_name_of_its_own():
     assert name.startswith("perplexity_wikipedia_sample")
     assert QUICK.split()[-2] in name
     assert (numbers[f"{name}_low"], numbers[f"{name}_high"]) == run.find("perplexity").interval
+
+
+def test_the_default_project_is_that_of_the_configuration():
+    assert resolved()["tracker"]["project"] == tracking.PROJECT
 
 
 def test_tags_fit_wandb():
@@ -240,5 +353,5 @@ def test_learning_curves_are_line_charts_over_their_own_steps(results):
             row = entry["history"]["item"]
             for name in ("training_loss", "block_3_loss"):
                 if name in row:
-                    found.setdefault(name, []).append([row[f"{name}_step"], row[name]])
+                    found.setdefault(name, []).append([row[tracking.CURVE_STEP], row[name]])
     assert found == {"training_loss": curves["training loss"], "block_3_loss": curves["block 3 loss"]}

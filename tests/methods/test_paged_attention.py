@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -185,6 +187,19 @@ def test_bytes_are_those_of_whole_blocks_and_slots_say_the_same():
         assert engine.kv_cache_bytes(torch.bfloat16, tokens) == per_place * engine.slots(tokens, 64)
     assert engine.slots(17, 64) == 32
     assert TransformersEngine(engine.module).slots(17, 64) == 64
+
+
+def test_memory_goes_with_the_last_use_and_waits_for_no_collection():
+    engine = TransformersEngine(tiny_model("llama"), cache=PagedCache(4))
+    gc.disable()
+    try:
+        cache = engine.new_cache()
+        engine.read_body(TOKENS, cache)
+        keys = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral"])

@@ -314,9 +314,11 @@ def test_an_endpoint_without_address_or_model_says_so(bench, monkeypatch):
         ({"model": ""}, "model=NAME"),
         ({"interface": "x"}, "interface=x"),
         ({"tries": 0}, "tries=0"),
+        ({"key_variable": "sk-the-key-itself"}, "name of an environment variable"),
     ]:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as refused:
             endpoint(**changes)
+        assert "the-key-itself" not in str(refused.value)
 
 
 # ---- what was said before
