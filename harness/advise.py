@@ -477,21 +477,23 @@ def report(advice: Advice, bounds: dict[str, float], width: int = WIDEST) -> str
         parts.append("\nNothing meets the bounds.")
     if advice.best:
         parts.append(f"\nNot beaten ({len(advice.best)})")
-        heads = ["", "method", "bits", "sparsity", *(c.head for c in advice.counts), ""]
+        heads = ["", "method", "bits", "sparsity", *(c.head for c in advice.counts)]
         rows = [
             [
                 "→" if candidate is advice.recommended else "",
                 markup.plain(candidate.label),
                 (words := describe(candidate.record)).bits,
                 words.sparsity,
-                *(_shown(c, candidate.numbers[c.name]) for c in advice.counts),
-                f"? {', '.join(candidate.unsure)}" if candidate.unsure else "",
+                *(
+                    _shown(c, candidate.numbers[c.name]) + (" ?" if c.option in candidate.unsure else "")
+                    for c in advice.counts
+                ),
             ]
             for candidate in advice.best
         ]
         parts.append(_without_empty([heads, *rows], right=range(2, 4 + len(advice.counts))))
         if any(candidate.unsure for candidate in advice.best):
-            parts.append("?: the interval reaches across this bound")
+            parts.append("?: the interval reaches across the bound")
     if advice.lost:
         parts.append(f"\nLost ({len(advice.lost)})")
         names = [markup.plain(_called(candidate)) for candidate in advice.lost]
