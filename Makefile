@@ -6,16 +6,18 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-all lint format noise-floor tables $(TABLES:%=table-%) wandb-sync \
-	wandb-report clean
+.PHONY: help setup demo test test-real test-browser test-all lint format report noise-floor tables
+.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
+	@echo "make test-browser  the tests of the report in Chromium"
+	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
-	@echo "make noise-floor   how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
+	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
 	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
 	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
 	@echo "make lint        ruff: rules and format"
@@ -35,10 +37,13 @@ demo: setup
 	$(RUN) -m harness -m method=awq,gptq bits=3,4 model=smollm2-135m-gguf hardware=cpu evaluation=quick
 
 test: setup
-	$(RUN) -m pytest -m "not real_model"
+	$(RUN) -m pytest -m "not real_model and not browser"
 
 test-real: setup
 	$(RUN) -m pytest -m real_model
+
+test-browser: setup
+	$(RUN) -m pytest -m browser
 
 test-all: setup
 	$(RUN) -m pytest
@@ -50,6 +55,9 @@ lint: setup
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+report: setup
+	$(RUN) -m harness.report $(if $(RESULTS),paths.results=$(RESULTS))
 
 noise-floor: setup
 	$(RUN) -m harness.noise_floor method=gptq bits=4 model=smollm2-135m-gguf hardware=cpu evaluation=quick runs=5

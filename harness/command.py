@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import lru_cache
 from typing import Any
 
 from harness.records import RunRecord
@@ -18,7 +19,7 @@ def single_command(record: RunRecord) -> str:
     card and bits; `python -m harness.verify ID` always runs the very same configuration.
     """
     overrides: dict[str, str] = {}
-    for word in shlex.split(record.command)[3:]:
+    for word in _words(record.command)[3:]:
         key, equals, value = word.partition("=")
         if not equals or key.startswith(LOCAL) or key == "experiment":
             continue
@@ -37,6 +38,11 @@ def single_command(record: RunRecord) -> str:
             named[group] = str(name)
     words = [f"{key}={value}" for key, value in {**named, **overrides}.items()]
     return shlex.join(["python", "-m", "harness", *words])
+
+
+@lru_cache(maxsize=1024)  # the records of a sweep share its command
+def _words(command: str) -> tuple[str, ...]:
+    return tuple(shlex.split(command))
 
 
 def _method(record: RunRecord) -> str:

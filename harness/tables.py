@@ -393,9 +393,9 @@ def in_print_order(records: Iterable[RunRecord]) -> list[RunRecord]:
     return sorted(records, key=_order)
 
 
-def block_of(records: Iterable[RunRecord]) -> Block:
+def block_of(records: Iterable[RunRecord], judge: Judge | None = None) -> Block:
     """Records that may be compared as one block, whatever their family, without headings between the rows."""
-    return _block(list(records))
+    return _block(list(records), judge=judge)
 
 
 def _name(record: RunRecord) -> str:

@@ -28,6 +28,7 @@ COMMANDS = {
     "table I, first": ["harness.tables", "table_1"],
     "table I, again": ["harness.tables", "table_1"],
     "all tables": ["harness.tables", "all"],
+    "report": ["harness.report"],
     "advice": ["harness.advise", "max_perplexity_increase=10%"],
 }
 

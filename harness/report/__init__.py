@@ -1,0 +1,1 @@
+"""One HTML page that answers what the records of a folder can answer: python -m harness.report"""
