@@ -13,7 +13,6 @@ two.
 from __future__ import annotations
 
 import difflib
-import gc
 import json
 import multiprocessing
 import shutil
@@ -33,7 +32,7 @@ from harness.curve_plot import learning_curves
 from harness.environment import telling
 from harness.errors import ConfigError
 from harness.noise_floor import read_floors
-from harness.record_index import read_all
+from harness.record_index import read_all, without_collector
 from harness.records import Measurement, RunRecord, write_text_atomically
 from harness.remarks import protocol_lines, remarks_of
 from harness.rows import (
@@ -483,16 +482,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         names, options = parse(arguments)
         results = Path(options.get("paths.results", RESULTS))
-        records, broken = read_folder(results)
-        gc.freeze()  # nothing of it is garbage; looking for some takes longer than a table
-        records = chosen(records, options)
         folder, judge = results / "tables", judge_of(results)
         strict = options.get("strict", "false").lower() == "true"
         across = options.get("across")
         if across is not None:
             check_name(across, KINDS, "across")
-        for name in names:
-            print(write_table(table_named(name), records, folder, strict, judge, across))
+        with without_collector():
+            records, broken = read_folder(results)
+            records = chosen(records, options)
+            for name in names:
+                print(write_table(table_named(name), records, folder, strict, judge, across))
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
