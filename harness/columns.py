@@ -12,6 +12,7 @@ from harness.records import Measurement, RunRecord
 # Two records whose measurements of these differ in `on` ran another protocol.
 SPEED_METRICS = frozenset(("time_to_first_token_ms", "time_per_output_token_ms", "decode_tokens_per_second"))
 PROTOCOL_METRICS = SPEED_METRICS | {"perplexity", "accuracy"}
+LEAST = 1e-6  # what is smaller would push the other columns away
 LONGEST_TASK = 12  # characters of a head
 
 
@@ -33,11 +34,13 @@ class Quantity:
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """Format with this many significant digits, never in exponents, whole numbers in full."""
+    """Format with this many significant digits, whole numbers in full; in exponents only what is rounding of zero."""
 
     def show(value: float) -> str:
         if value == 0:
             return "0"
+        if abs(value) < LEAST:
+            return f"{value:.0e}"
         decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         return f"{value:.{decimals}f}"
 
