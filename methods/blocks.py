@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from harness.errors import ConfigError
-from methods.streaming import ChunkStream, lent, lent_in_turn, tensors_outside, to_wait
+from methods.streaming import ChunkStream, lent, lent_in_turn, pin, tensors_outside, to_wait, unpin
 
 TRIAL_TOKENS = 8  # enough to tell what feeds what; costs nothing
 
@@ -159,16 +160,28 @@ class Block:
         """The block's output [1, few tokens, H] on the trial input."""
         return self.trial_call.run(self.module, self.trial_hidden)
 
+    @property
+    def comes_from_host(self) -> bool:
+        """Whether the block waits in host memory and is computed on a GPU."""
+        home = next(self.module.parameters()).device
+        return self.device is not None and self.device.type == "cuda" and home.type == "cpu"
+
     @contextmanager
-    def visiting(self) -> Iterator[Block]:
-        """The block is where it is computed while inside, and with what it then consists of at home afterwards."""
+    def visiting(self, pinned: bool = False) -> Iterator[Block]:
+        """The block is where it is computed while inside, and with what it then consists of at home afterwards.
+
+        pinned: leave it in pinned pages of host memory, which is faster.
+        """
         home = next(self.module.parameters()).device
         if self.device is not None:
             self.module.to(self.device)
         try:
             yield self
         finally:
-            self.module.to(home)
+            if pinned:
+                self.module._apply(lambda tensor: to_wait(tensor, home))
+            else:
+                self.module.to(home)
 
     def linears(self) -> dict[str, nn.Module]:
         """Full dotted name -> linear."""
@@ -180,10 +193,28 @@ class Block:
 
 
 def one_at_a_time(blocks: Sequence[Block]) -> Iterator[Block]:
-    """Every block in turn, where it is computed until the next one is asked for."""
-    for block in blocks:
-        with block.visiting():
-            yield block
+    """Every block in turn, where it is computed until the next one is asked for.
+
+    Between host memory and a GPU weights travel in pinned pages. A thread brings those of the next block there, and
+    those of the block before away from there, while one is computed on: it touches no block that is visiting.
+    """
+    if not all(block.comes_from_host for block in blocks):
+        for block in blocks:
+            with block.visiting():
+                yield block
+        return
+    with ThreadPoolExecutor(1) as thread:
+        moves = [thread.submit(pin, block.module) for block in blocks[:1]]
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            while moves:
+                moves.pop().result()
+            with block.visiting(pinned=True):
+                if following is not None:
+                    moves.append(thread.submit(pin, following.module))
+                yield block
+            moves.append(thread.submit(unpin, block.module))
+    while moves:
+        moves.pop().result()
 
 
 @torch.no_grad()

@@ -279,15 +279,17 @@ def calibrate_block(
     """
     linears = block.linears()
     groups = input_groups(block)
-    moments = [
-        Moments(linears[names[0]].in_features, linears[names[0]].weight.device, matrix, magnitudes) for names in groups
-    ]
+
+    def empty(index: int) -> Moments:
+        first = linears[groups[index][0]]
+        return Moments(first.in_features, first.weight.device, matrix, magnitudes)
+
     if sequential == "linear" and len(hidden) == 1:
 
         def arrive(index: int, x: Tensor) -> None:
-            moments[index].add(x)
-            change(groups[index], moments[index])
-            moments[index] = None  # this matrix is not needed again
+            moments = empty(index)
+            moments.add(x)
+            change(groups[index], moments)
             if last and index == len(groups) - 1:
                 raise _Enough
 
@@ -295,17 +297,17 @@ def calibrate_block(
     stops = range(len(groups)) if sequential == "linear" else [len(groups) - 1]
     first = 0
     for stop in stops:
+        moments = {index: empty(index) for index in range(first, stop + 1)}  # a matrix is there while it is needed
 
-        def collect(index: int, x: Tensor, first: int = first, stop: int = stop) -> None:
-            if first <= index:
+        def collect(index: int, x: Tensor, stop: int = stop, moments: dict[int, Moments] = moments) -> None:
+            if index in moments:
                 moments[index].add(x)
             if index == stop:
                 raise _Enough
 
         _run(block, hidden, linears, groups, collect)
         for index in range(first, stop + 1):
-            change(groups[index], moments[index])
-            moments[index] = None
+            change(groups[index], moments.pop(index))
         first = stop + 1
     return [] if last else block(hidden)
 
@@ -398,10 +400,11 @@ def sweep_columns(
     dead = moment.diagonal()[order] == 0
     work = weight.T[order]  # [C, R]: a column of W is contiguous; indexing copies
     work[dead] = 0
-    factor, used, retries = _factor_backwards(_live_backwards(moment, order, dead), damping)
+    factor, used, retries = _factor_in_order(moment, order, dead, damping)
     if see_pivots is not None:
-        see_pivots(factor.diagonal())
+        see_pivots(factor.diagonal().clone())
     if fused is not None and fused.runs_on(work):
+        factor = factor.contiguous()  # a Cholesky factor comes in columns
         error = sweep_fused(work, factor, order, fused, block_columns)
         return Sweep(_in_place_of(order, work), error, used, retries)
     pivots = factor.diagonal().tolist()
@@ -472,6 +475,11 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float, int]:
     return _factor_backwards(moment.flip(0, 1), damping)
 
 
+def _factor_in_order(moment: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """`inverse_factor` by positions of an order of columns, with 1 on H's diagonal where that meets a dead one."""
+    return _factor_backwards(_live_backwards(moment, order, dead), damping)
+
+
 def _live_backwards(moment: Tensor, order: Tensor, dead: Tensor) -> Tensor:
     """H [C, C] in the reverse of an order of columns, with 1 on the diagonal where that order meets a dead one."""
     reverse = order.flip(0)
@@ -498,7 +506,7 @@ def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float,
         if not failed:
             del backwards
             lower = lower.flip(0, 1)
-            return inverse_of_upper(lower), used, retries
+            return _invert_upper_(lower), used, retries
     raise RunError(
         f"second moments are not positive definite even with damping {used:g}; raise method.damping above 0, or "
         "calibrate on more tokens"
@@ -507,12 +515,17 @@ def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float,
 
 def inverse_of_upper(upper: Tensor) -> Tensor:
     """Inverse of an upper triangular matrix, by halves: nearly all of it is matrix products."""
+    return _invert_upper_(upper.triu())
+
+
+def _invert_upper_(upper: Tensor) -> Tensor:
+    """`inverse_of_upper` in the memory of a matrix whose lower triangle is zero; room for a quarter of it beside."""
     size = len(upper)
     if size <= 256:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
     half = size // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half] = left = inverse_of_upper(upper[:half, :half])
-    inverse[half:, half:] = right = inverse_of_upper(upper[half:, half:])
-    inverse[:half, half:] = -(left @ upper[:half, half:] @ right)
-    return inverse
+    left, right = _invert_upper_(upper[:half, :half]), _invert_upper_(upper[half:, half:])
+    across = upper[:half, half:]
+    across.addmm_(left @ across, right, beta=0, alpha=-1)
+    return upper

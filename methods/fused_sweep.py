@@ -53,7 +53,7 @@ class FusedColumns:
 def sweep_fused(work: Tensor, factor: Tensor, order: Tensor, fused: FusedColumns, block_columns: int) -> Tensor:
     """Sweep the columns of work [C, R], float32, in place, in the order they lie; Σ e² of every row [R].
 
-    factor: U [C, C] by position; order: position -> index of the column, by which `fused` knows it.
+    factor: U [C, C] by position, contiguous; order: position -> index of the column, by which `fused` knows it.
     """
     columns, rows = work.shape
     block = math.gcd(fused.align, block_columns) if fused.begin is not None else block_columns
@@ -61,7 +61,7 @@ def sweep_fused(work: Tensor, factor: Tensor, order: Tensor, fused: FusedColumns
         block = max(fused.of, block - block % fused.of)
     errors = work.new_empty(min(block, columns), rows)
     total = work.new_zeros(rows)
-    order, factor = order.to(torch.int32), factor.contiguous()  # a Cholesky factor comes in columns
+    order = order.to(torch.int32)
     for first in range(0, columns, block):
         last = min(first + block, columns)
         if fused.begin is not None and first % fused.align == 0:

@@ -19,6 +19,14 @@ def nearest_point(x, scale, zero, top):
 
 
 @triton.jit
+def nearest_bfloat16(x):
+    """Finite x with 8 significant bits, ties to even. Written out: without a GPU, Triton's cast cuts the rest off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def project_columns(
     work,  # [C, R] float32, in place
     factor,  # [C, C] float32, upper triangular
@@ -88,7 +96,7 @@ def project_columns(
                 if KEPT == 1:
                     projected = tl.where(stays, projected.to(tl.float16).to(tl.float32), rounded)
                 else:
-                    projected = tl.where(stays, projected.to(tl.bfloat16).to(tl.float32), rounded)
+                    projected = tl.where(stays, nearest_bfloat16(projected), rounded)
         row = factor + (first + j).to(tl.int64) * columns + first
         error = tl.div_rn(column - projected, tl.load(row + j))
         spread = tl.load(row + c, mask=(c > j) & (c < COUNT), other=0.0)

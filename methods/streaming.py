@@ -105,6 +105,16 @@ def to_wait(hidden: Tensor, place: torch.device) -> Tensor:
     return hidden.to(place)
 
 
+def pin(module: nn.Module) -> None:
+    """Move parameters and buffers in host memory to pages that copies reach without the processor."""
+    module._apply(lambda tensor: tensor.pin_memory())
+
+
+def unpin(module: nn.Module) -> None:
+    """The reverse of `pin`: such pages are few, and come in powers of two."""
+    module._apply(lambda tensor: tensor.clone())
+
+
 @contextmanager
 def lent(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
     """Parameters and buffers are copies on `device` while inside; afterwards the originals, so do not change them."""

@@ -19,11 +19,13 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +118,8 @@ def method_of(name: str, arguments: argparse.Namespace) -> Any:
 class StopWatch:
     """A Progress that notes the seconds between one item and the next, synchronised."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, []
+    def __init__(self, device: str, first_is_done: Callable[[], None]) -> None:
+        self.device, self.seconds, self.first_is_done = device, [], first_is_done
 
     def track(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
         last = now(self.device)
@@ -126,6 +128,8 @@ class StopWatch:
             # what brings the item home again runs when the next one is asked for, and is counted with that one
             self.seconds.append((here := now(self.device)) - last)
             last = here
+            if len(self.seconds) == 1 and total != 1:
+                self.first_is_done()
 
 
 def now(device: str) -> float:
@@ -141,6 +145,8 @@ class Parts:
 
     device: str
     spans: list[list] = field(default_factory=list)  # [part, start, end, index of the span around it]
+    peaks: dict[str, int] = field(default_factory=dict)  # most bytes of device memory that a part saw
+    _counted: int = 0  # index of the first span that counts
     _open: list[int] = field(default_factory=list)
     _restore: list[tuple[Any, str, Any]] = field(default_factory=list)
 
@@ -151,16 +157,29 @@ class Parts:
         event.record()
         return event
 
+    def see_peak(self) -> None:
+        """Count the peak since the last look to the part that is running."""
+        if self.device == "cuda":
+            part = self.spans[self._open[-1]][0] if self._open else "other"
+            self.peaks[part] = max(self.peaks.get(part, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def count_from_here(self) -> None:
+        """Leave out what was timed so far: the first block compiles kernels and pins memory."""
+        self._counted = len(self.spans)
+
     def wrap(self, part: str, owner: Any, name: str) -> None:
         original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             index = len(self.spans)
+            self.see_peak()
             self.spans.append([part, self.mark(), None, self._open[-1] if self._open else None])
             self._open.append(index)
             try:
                 return original(*args, **kwargs)
             finally:
+                self.see_peak()
                 self._open.pop()
                 self.spans[index][2] = self.mark()
 
@@ -170,7 +189,7 @@ class Parts:
     def __enter__(self) -> Parts:
         self.wrap("forward", Block, "__call__")
         self.wrap("moments", Moments, "add")
-        self.wrap("factor", curvature, "_factor_backwards")
+        self.wrap("factor", curvature, "_factor_in_order")
         for file in (gptq_file, sparsegpt_file):
             self.wrap("sweep", file, "sweep_columns")
         self.wrap("search", AWQ, "search_scale")
@@ -212,7 +231,7 @@ class Parts:
             if around is not None:
                 own[around] -= seconds
         sums: dict[str, float] = defaultdict(float)
-        for (part, *_), seconds in zip(self.spans, own, strict=True):
+        for (part, *_), seconds in list(zip(self.spans, own, strict=True))[self._counted :]:
             sums[part] += seconds
         return dict(sums)
 
@@ -220,29 +239,32 @@ class Parts:
 def run_method(name: str, arguments: argparse.Namespace, blocks: int, windows: Tensor) -> dict[str, Any]:
     """Compress a fresh model and report."""
     module = random_model(arguments, blocks)
-    watch = StopWatch(arguments.device)
+    parts = Parts(arguments.device)
+    watch = StopWatch(arguments.device, parts.count_from_here)
     base = LanguageModel(module, None, None, torch.bfloat16)
     bench = Bench(Windows(windows), torch.Generator().manual_seed(0), Path("."), watch, device=on_device(arguments))
     forget(arguments.device)
     held = torch.cuda.memory_allocated() if arguments.device == "cuda" else 0
     started = now(arguments.device)
-    with Parts(arguments.device) as parts:
+    with parts:
         method_of(name, arguments).compress(base, bench)
     total = now(arguments.device) - started
-    totals = parts.totals()
+    parts.see_peak()
+    totals, steady = parts.totals(), watch.seconds[1:] or watch.seconds
     report = {
         "method": name,
         "blocks": blocks,
-        "seconds_per_block": statistics.median(watch.seconds[1:] or watch.seconds),
+        "seconds_per_block": statistics.median(steady),
         "first_block_seconds": watch.seconds[0],
         "block_seconds": watch.seconds,
         "total_seconds": total,
         "outside_blocks_seconds": total - sum(watch.seconds),
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if arguments.device == "cuda" else None,
+        "peak_gib": max(parts.peaks.values()) / GIB if parts.peaks else None,
+        "peak_gib_of_parts": {part: peak / GIB for part, peak in parts.peaks.items()},
         "held_before_gib": held / GIB,
-        "parts_seconds_per_block": {part: totals.get(part, 0.0) / blocks for part in PARTS},
+        "parts_seconds_per_block": {part: totals.get(part, 0.0) / len(steady) for part in PARTS},  # not of the first
     }
-    report["parts_seconds_per_block"]["other"] = sum(watch.seconds) / blocks - sum(
+    report["parts_seconds_per_block"]["other"] = statistics.mean(steady) - sum(
         report["parts_seconds_per_block"].values()
     )
     del module, base
@@ -270,24 +292,28 @@ def floors(arguments: argparse.Namespace, name: str) -> dict[str, float]:
     h, i, t = arguments.hidden, arguments.intermediate, arguments.window
     n = arguments.samples * t
     kv = h * (arguments.key_value_heads or arguments.heads) // arguments.heads
-    weights = {"qkv": h * (h + 2 * kv), "o": h * h, "gate_up": 2 * h * i, "down": h * i}
     attention = 2 * n * t * h  # scores and mixing, half of each below the diagonal
-    whole = 2 * n * sum(weights.values()) + attention
-    up_to_down = whole - 2 * n * weights["down"]
-    widths = (h, h, h, i)
-    moments = sum(n * c * c for c in widths)  # half of a square product is enough
+    # what a pass adds from the input of one group of linears to that of the next: operations, and channels that are
+    # written once and read once; the last ends at the block's output
+    stretches = [
+        (0, h),
+        (2 * n * h * (h + 2 * kv) + attention, 2 * h + 2 * kv),
+        (2 * n * h * h, 2 * h),
+        (2 * n * 2 * h * i, 3 * i),
+        (2 * n * h * i, h),
+    ]
+    up_to = [tuple(map(sum, zip(*stretches[: end + 1], strict=True))) for end in range(len(stretches))]
+    passes = [up_to[4]] if name == "awq" else [up_to[3], up_to[4]]
+    if name == "gptq" and arguments.sequential == "linear":
+        passes = up_to
+    moments = sum(n * c * c for c in (h, h, h, i))  # half of a square product is enough
     rows = ((h + 2 * kv, h), (h, h), (2 * i, h), (h, i))
     solve = sum(r * c * c + 4 * c**3 / 3 for r, c in rows)  # updates; Cholesky and inverse
-    flops = {
-        "gptq": up_to_down + whole + moments + solve,
-        "sparsegpt": up_to_down + whole + moments + solve,
-        "awq": whole + moments + 20 * sum(r * c * c for r, c in rows),
-        "wanda": up_to_down + whole,
-    }[name]
-    # every input and output of a linear written and read once, hidden states in and out; weights are small beside it
-    activations = 2 * n * (h + (h + 2 * kv) + h + h + h + 2 * i + i + h)
-    passes = 1 if name == "awq" else 2
-    return {"tflop": flops / 1e12, "gigabytes": 2 * passes * activations / 1e9}
+    search = 20 * sum(r * c * c for r, c in rows)
+    beside = {"gptq": moments + solve, "sparsegpt": moments + solve, "awq": moments + search, "wanda": 0}[name]
+    flops, channels = (sum(part) for part in zip(*passes, strict=True))
+    # weights are small beside the activations
+    return {"tflop": (flops + beside) / 1e12, "gigabytes": 2 * 2 * n * channels / 1e9}
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -624,20 +650,23 @@ def run_peer(name: str, arguments: argparse.Namespace, blocks: int, windows: Ten
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
-    module = random_model(arguments, blocks)
-    if arguments.device == "cuda":
-        module = module.to("cuda")
+    module = random_model(arguments, blocks)  # in host memory, from where `oneshot` takes each block to the GPU
     examples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
     forget(arguments.device)
-    started = now(arguments.device)
-    oneshot(
-        model=module,
-        dataset=DataLoader(examples, batch_size=1),
-        recipe=peer_recipe(name, arguments),
-        num_calibration_samples=len(windows),
-        max_seq_length=windows.shape[1],
-    )
-    seconds = now(arguments.device) - started
+    with tempfile.TemporaryDirectory() as folder:
+        module.config.save_pretrained(folder)
+        module.config.name_or_path = folder  # where `oneshot` looks whether the model is compressed already
+        started = now(arguments.device)
+        oneshot(
+            model=module,
+            processor=object(),  # there is no text to cut into tokens
+            dataset=DataLoader(examples, batch_size=1),
+            recipe=peer_recipe(name, arguments),
+            num_calibration_samples=len(windows),
+            max_seq_length=windows.shape[1],
+            pipeline="sequential",
+        )
+        seconds = now(arguments.device) - started
     peak = torch.cuda.max_memory_allocated() / GIB if arguments.device == "cuda" else None
     return {"method": name, "seconds_per_block": seconds / blocks, "peak_gib": peak, "total_seconds": seconds}
 
@@ -687,7 +716,13 @@ def main() -> None:
     arguments = parser.parse_args()
     skipped = arguments.skip.split(",")
     print(machine(arguments), flush=True)
-    report: dict[str, Any] = {"machine": machine(arguments), "arguments": vars(arguments), "methods": [], "peer": []}
+    report: dict[str, Any] = {
+        "machine": machine(arguments),
+        "date": datetime.now(UTC).date().isoformat(),
+        "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
+        "methods": [],
+        "peer": [],
+    }
     failures: list[str] = []
     if "checks" not in skipped:
         checks = check_pieces(arguments)
@@ -713,7 +748,7 @@ def main() -> None:
             failures.append(f"{side} {name}: {type(error).__name__}: {str(error)[:200]}")
         forget(arguments.device)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     print_table(report, arguments)
     for line in failures:
         print(f"FAILED {line}")
@@ -724,11 +759,12 @@ def machine(arguments: argparse.Namespace) -> str:
     import transformers
 
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {' '.join(sys.argv[1:])}"
+    options = " ".join(sys.argv[1:]).replace(f"--json {arguments.json}", "").strip()  # a folder of this machine
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {options}"
 
 
 def print_table(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """A line for each run: seconds a block, peak, parts in milliseconds a block, floors."""
+    """A line for each run: seconds a block, peak, parts in milliseconds a block, floors; where the peak is."""
     columns = (*PARTS, "other")
     print("\n" + report["machine"])
     print(
@@ -745,6 +781,9 @@ def print_table(report: dict[str, Any], arguments: argparse.Namespace) -> None:
             f"{run['first_block_seconds']:6.2f} {run['total_seconds']:6.1f} {peak:>6} {PEER_GIB[name] / 2:6.2f}  "
             f"{parts} {floor['tflop']:7.1f} {floor['gigabytes']:6.1f}"
         )
+        if run.get("peak_gib_of_parts"):
+            where = sorted(run["peak_gib_of_parts"].items(), key=lambda item: -item[1])
+            print("  peak GiB while in " + ", ".join(f"{part} {peak:.2f}" for part, peak in where))
         if run["blocks"] == arguments.whole:
             print(
                 f"  {run['blocks']} blocks: {run['total_seconds']:.1f} s of compress (at most {WHOLE_SECONDS} for 32)"

@@ -6,13 +6,15 @@ Without a GPU the kernels run in Triton's interpreter: TRITON_INTERPRET=1 python
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from architectures import tiny_model, tiny_tokens
 from test_curvature import correlated, weights
 
-from methods.blocks import one_at_a_time, record_blocks
+from methods import blocks
+from methods.blocks import Block, one_at_a_time, record_blocks
 from methods.curvature import Moments, quadratic_form, tensor_cores
 from methods.fused_sweep import FusedColumns
 from methods.pruning.masks import Pattern, lowest
@@ -31,7 +33,7 @@ def kernels(monkeypatch):
     """The fused solver, whatever the device; its launches, as widths of blocks."""
     from methods import fused_sweep
 
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
     if DEVICE == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is first imported, which may be earlier
             pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
@@ -98,7 +100,8 @@ def test_fused_sweep_is_the_sweep(name, kernels):
     reference = SOLVERS[name](weight.double(), moment.double())
     assert fused.error.double().sum().item() == pytest.approx(reference.error.sum().item(), rel=1e-3)
     apart = (fused.weight.double().cpu() - reference.weight).abs() > 1e-3
-    assert apart.double().mean() < 0.05  # a tie may fall elsewhere, and the rest of its row with it
+    # a GPU adds up in another order: a tie may fall elsewhere, and the rest of its row with it
+    assert apart.double().mean() <= (0 if DEVICE == "cpu" else 0.02)
 
 
 def test_taken_moments_are_the_moments():
@@ -116,6 +119,33 @@ def test_lent_tensors_come_back():
     with lent(outside, torch.device(DEVICE)), lent_in_turn(model.model.layers, torch.device(DEVICE)):
         model(tiny_tokens(1, 5).to(DEVICE))
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == kept
+
+
+def test_weights_move_while_other_blocks_are_computed_on(monkeypatch):
+    """A thread pins the next block and unpins the one before; never the one that is computed on."""
+    moved, present = [], set()
+
+    def moving(what):
+        def move(module):
+            assert id(module) not in present
+            moved.append((what, id(module)))
+
+        return move
+
+    @contextmanager
+    def visiting(self, pinned):
+        assert ("pin", id(self.module)) in moved
+        present.add(id(self.module))
+        yield self
+        present.clear()
+
+    for name in ("pin", "unpin"):
+        monkeypatch.setattr(blocks, name, moving(name))
+    monkeypatch.setattr(Block, "comes_from_host", True)
+    monkeypatch.setattr(Block, "visiting", visiting)
+    all_blocks, _ = record_blocks(tiny_model("llama"), tiny_tokens(1, 5))
+    assert list(one_at_a_time(all_blocks)) == all_blocks
+    assert sorted(moved) == sorted((what, id(block.module)) for what in ("pin", "unpin") for block in all_blocks)
 
 
 @on_gpu
@@ -151,14 +181,14 @@ def test_masks_with_ties_are_the_same(scope):
 @pytest.mark.parametrize("keep_on", [None, "cpu"])
 def test_blocks_take_turns_on_the_gpu(keep_on):
     model, tokens = tiny_model("llama"), tiny_tokens(9, 17)
-    blocks, hidden = record_blocks(model, tokens)
+    resident, hidden = record_blocks(model, tokens)
     streamed, arriving = record_blocks(model, tokens, 2, keep_on, "cuda")
     with torch.no_grad():
-        for block in blocks:
+        for block in resident:
             hidden = block(hidden)
         for block in one_at_a_time(streamed):
             assert next(block.module.parameters()).is_cuda
             arriving = block(arriving)
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert all(parameter.device.type == "cpu" and not parameter.is_pinned() for parameter in model.parameters())
     assert [chunk.device.type for chunk in arriving] == [keep_on or "cuda"] * 5
     assert torch.allclose(torch.cat([chunk.cpu() for chunk in arriving]), hidden[0], atol=1e-4)
