@@ -37,6 +37,7 @@ def to_csv(records: Iterable[RunRecord]) -> str:
     def cells(values: Iterable[Any]) -> str:
         return ",".join([word(v) if isinstance(v, str) else "" if v is None else str(v) for v in values])
 
+    words = cache(lambda *texts: cells(texts))
     lines = [",".join(CSV_HEADS)]
     for record in records:
         group, failure = group_of(record), record.failure
@@ -51,8 +52,9 @@ def to_csv(records: Iterable[RunRecord]) -> str:
         )
         source = cells((record.finished, record.id, record.baseline))
         for m in record.measurements:
-            numbers = (m.metric, m.value, *(m.interval or (None, None)))
-            lines.append(f"{run},{cells((*numbers, m.unit, m.on, m.better, m.note))},{source}")
+            value = "" if m.value is None else m.value
+            ends = f"{m.interval[0]},{m.interval[1]}" if m.interval else ","
+            lines.append(f"{run},{word(m.metric)},{value},{ends},{words(m.unit, m.on, m.better, m.note)},{source}")
         if not record.measurements:
             lines.append(f"{run},{cells([None] * 8)},{source}")
     return "\n".join(lines) + "\n"

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import multiprocessing
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +59,6 @@ SHORT |= {"stored_bytes", "compress_seconds"}
 SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
-MANY = 2000  # records whose CSV file is worth a process of its own
 
 
 @dataclass
@@ -414,39 +410,17 @@ def write_table(
     title = f"Table {table.number}: {table.title}"
     absent = "" if members else ", ".join(system.title for system in table.systems)
     source = f"systems and order: {SURVEY}"
-    with _beside(lambda: write_text_atomically(to_csv(shown), folder / f"{table.name}.csv"), len(shown) >= MANY):
-        blocks = blocks_of(table, records, strict, judge, across)
-        wide = to_markdown(title, blocks, absent, WIDTH)
-        for suffix, content in (
-            ("md", f"{wide}\n{source}\n"),
-            ("tex", to_latex(title, blocks, absent)),
-            ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
-        ):
-            write_text_atomically(content, folder / f"{table.name}.{suffix}")
+    blocks = blocks_of(table, records, strict, judge, across)
+    wide = to_markdown(title, blocks, absent, WIDTH)
+    for suffix, content in (
+        ("md", f"{wide}\n{source}\n"),
+        ("tex", to_latex(title, blocks, absent)),
+        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
+        ("csv", to_csv(shown)),
+    ):
+        write_text_atomically(content, folder / f"{table.name}.{suffix}")
     width = terminal_width()
     return wide if width == WIDTH else to_markdown(title, blocks, absent, width)
-
-
-@contextmanager
-def _beside(work: Callable[[], object], apart: bool) -> Iterator[None]:
-    """Do the work while the body runs: in a forked process where it is worth one (`apart`), else after the body.
-
-    Raises OSError when the process did not do it.
-    """
-    if not apart:
-        yield
-        work()
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside numpy's threads: strings need none
-        process = multiprocessing.get_context("fork").Process(target=work)
-        process.start()
-    try:
-        yield
-    finally:
-        process.join()
-    if process.exitcode:
-        raise OSError(f"writing beside the table ended with exit status {process.exitcode}")
 
 
 def _curve_title(record: RunRecord) -> str:
