@@ -25,16 +25,13 @@ from harness.errors import ConfigError
 from harness.frontier import beaten_by, frontier
 from harness.noise_floor import NoiseFloors, read_floors
 from harness.records import Better, Measurement, RunRecord
+from harness.rows import describe, in_print_order, machine_in_words, row_labels
 from harness.sanity import break_even_tokens
 from harness.tables import (
     RESULTS,
     check_name,
     comparable,
-    describe,
-    in_print_order,
-    machine_in_words,
     read_folder,
-    row_labels,
     terminal_width,
 )
 from harness.text_table import aligned, wrapped
@@ -470,25 +467,30 @@ def report(advice: Advice, bounds: dict[str, float], width: int = WIDEST) -> str
         if is_dense(advice.recommended.record):
             parts.append("  The model as it is meets the bounds: compressing buys nothing that was asked for.")
         parts.append(f"  {markup.plain(single_command(advice.recommended.record))}")
+        if advice.recommended.record.card.get("runtime"):
+            elsewhere = f"other runtimes: {markup.plain(str(advice.recommended.record.card['runtime']))}"
+            parts.append(wrapped(elsewhere, width, "  "))
     elif bounds:
         parts.append("\nNothing meets the bounds.")
     if advice.best:
         parts.append(f"\nNot beaten ({len(advice.best)})")
-        heads = ["", "method", "bits", "sparsity", *(c.head for c in advice.counts), ""]
+        heads = ["", "method", "bits", "sparsity", *(c.head for c in advice.counts)]
         rows = [
             [
                 "→" if candidate is advice.recommended else "",
                 markup.plain(candidate.label),
                 (words := describe(candidate.record)).bits,
                 words.sparsity,
-                *(_shown(c, candidate.numbers[c.name]) for c in advice.counts),
-                f"? {', '.join(candidate.unsure)}" if candidate.unsure else "",
+                *(
+                    _shown(c, candidate.numbers[c.name]) + (" ?" if c.option in candidate.unsure else "")
+                    for c in advice.counts
+                ),
             ]
             for candidate in advice.best
         ]
         parts.append(_without_empty([heads, *rows], right=range(2, 4 + len(advice.counts))))
         if any(candidate.unsure for candidate in advice.best):
-            parts.append("?: the interval reaches across this bound")
+            parts.append("?: the interval reaches across the bound")
     if advice.lost:
         parts.append(f"\nLost ({len(advice.lost)})")
         names = [markup.plain(_called(candidate)) for candidate in advice.lost]

@@ -51,6 +51,8 @@ Compare LLM inference optimizations: one protocol, one record per run.
     python -m harness 'method=[sparsegpt,gptq]' bits=4    one method after the other, on the same model
     python -m harness experiment=table_1                  a ready-made sweep
     python -m harness.tables table_1                      the table, from records only
+    python -m harness.advise max_perplexity_increase=5%   what to use, and why nothing else
+    python -m harness.show results/records/….json         everything behind one row
     python -m harness.verify results/records/….json       run a record again and compare
 
 Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);

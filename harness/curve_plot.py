@@ -9,24 +9,27 @@ from harness.records import RunRecord
 
 WIDTH, HEIGHT, MARGIN = 640, 240, 44
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+MOST_LINES = 3 * len(COLOURS)  # in three kinds of dashes: more cannot be told apart
 LEAST_POINTS = 3  # fewer are notes of a method, no curve
 Line = tuple[str, Sequence[Sequence[float]]]
 
 
 def learning_curves(records: Sequence[RunRecord], title_of: Callable[[RunRecord], str]) -> list[str]:
     """A figure for every curve that some record has, by name, each with a line for every record that has it."""
-    names = dict.fromkeys(
-        name for record in records for name, points in record.curves.items() if len(points) >= LEAST_POINTS
-    )
+    found: dict[str, list[RunRecord]] = {}
+    for record in records:
+        for name, points in record.curves.items():
+            if len(points) >= LEAST_POINTS:
+                found.setdefault(name, []).append(record)
     figures = []
-    for name in names:
-        lines = [(title_of(r), r.curves[name]) for r in records if len(r.curves.get(name, ())) >= LEAST_POINTS]
-        figures.append(figure(name, lines))
+    for name, runs in found.items():
+        lines = [(title_of(record), record.curves[name]) for record in runs[:MOST_LINES]]
+        figures.append(figure(name, lines, f", the first {MOST_LINES} of {len(runs)} runs" * (len(runs) > MOST_LINES)))
     return figures
 
 
-def figure(title: str, lines: Sequence[Line]) -> str:
-    """An HTML figure: lines of [[step, value], ...] in one frame, their names below it."""
+def figure(title: str, lines: Sequence[Line], remark: str = "") -> str:
+    """An HTML figure: lines of [[step, value], ...] in one frame, their names below it; the remark ends its title."""
     points = [(step, value) for _, line in lines for step, value in line]
     steps, values = ([point[axis] for point in points] for axis in (0, 1))
     across = _scale(min(steps), max(steps), MARGIN, WIDTH - 8)
@@ -50,7 +53,8 @@ def figure(title: str, lines: Sequence[Line]) -> str:
         for step, side in ((min(steps), "start"), (max(steps), "end"))
     ]
     return (
-        f'<figure><figcaption>{markup.html(title)} by step</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f"<figure><figcaption>{markup.html(title)} by step{remark}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{markup.html(title)} by step, {len(lines)} runs" font-size="12" fill="currentColor">'
         f'<rect x="{MARGIN}" y="12" width="{WIDTH - 8 - MARGIN}" height="{HEIGHT - 36}" fill="none" '
         f'stroke="currentColor" opacity="0.3"/>{"".join(marks)}{"".join(drawn)}</svg>'

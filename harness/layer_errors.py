@@ -66,7 +66,8 @@ def layer_errors(compressed: nn.Module, original: nn.Module, tokens: Tensor, sto
 
     def compare(name: str, x: Tensor | None) -> None:
         weight = originals[name].weight.float()
-        change = _in_units_of_the_original(dense_weight(layers[name], stored), scales.get(name)) - weight
+        kept = dense_weight(layers[name], stored).to(weight.device)  # a model compressed block by block is on the host
+        change = _in_units_of_the_original(kept, scales.get(name)) - weight
         weights[name] = _share(change, weight)
         if x is not None:
             outputs[name] = _share(x.float() @ change.T, x.float() @ weight.T)
@@ -102,7 +103,7 @@ def _moved_scales(module: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | 
 
 
 def _in_units_of_the_original(weight: Tensor, scales: tuple[Tensor | None, Tensor | None] | None) -> Tensor:
-    inputs, outputs = scales or (None, None)
+    inputs, outputs = (None if scale is None else scale.to(weight.device) for scale in scales or (None, None))
     weight = weight if inputs is None else weight / inputs
     return weight if outputs is None else weight * outputs[:, None]
 

@@ -38,7 +38,7 @@ def read_all(results: Path, layer_errors: bool = True) -> tuple[list[tuple[Path,
     """
     files = sorted((results / "records").glob("*/*.json"))
     records, broken = [], []
-    with _without_collector():
+    with without_collector():
         index = _Index(results, len(files))
         for path in files:
             try:
@@ -128,8 +128,8 @@ def _unpacked(names: tuple[str, ...], values: bytes) -> dict[str, float]:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
-    """Millions of new objects, none of them garbage: looking for cycles among them would double the time."""
+def without_collector() -> Iterator[None]:
+    """Millions of new objects, hardly one of them garbage: looking for cycles among them would double the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

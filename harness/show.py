@@ -22,7 +22,8 @@ from harness.command import single_command
 from harness.comparison import is_dense
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record
-from harness.tables import RESULTS, check_name, describe, machine_in_words, terminal_width
+from harness.rows import describe, machine_in_words
+from harness.tables import RESULTS, check_name, terminal_width
 from harness.text_table import aligned, wrapped
 from harness.verify import find_record
 

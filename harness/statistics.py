@@ -7,7 +7,7 @@ All intervals are two-sided 95 %.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, erfc, sqrt
+from math import atan, comb, cos, erfc, pi, sin, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +17,6 @@ Interval = tuple[float, float]
 Z_95 = 1.959963984540054  # the normal quantile of 0.975
 RESAMPLES = 2000
 LEVEL = 0.05  # p-values below it tell two arms apart
-# quantiles of 0.975 of Student's t, for 1, 2, 3 ... degrees of freedom; beyond the last it hardly changes
-STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-               2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 def block_means(values: ArrayLike, block: int, resamples: int, generator: np.random.Generator) -> NDArray:
@@ -137,7 +134,8 @@ def paired_p_value(
     """Two-sided p-value that two arms have the same mean over the same tokens.
 
     The spread of the mean difference is that of moving-block bootstrap resamples, so that neighbours may resemble each
-    other; the mean of many blocks is taken as normal. With n blocks the spread is n / (n - 1) wider in variance.
+    other. Of n blocks it is n / (n - 1) wider in variance, and the mean follows Student's t with n - 1 degrees of
+    freedom: with eight windows, the normal distribution would find nothing different in 8 of 100 instead of 5.
     """
     difference = _paired(ours, theirs)
     count = max(2, round(len(difference) / block))
@@ -145,7 +143,34 @@ def paired_p_value(
     mean = float(difference.mean())
     if spread == 0:
         return float(mean == 0)
-    return two_sided(mean / spread)
+    return student_two_sided(mean / spread, count - 1)
+
+
+def student_two_sided(distance: float, freedom: int) -> float:
+    """Probability that Student's t lies at least this far from 0, for whole degrees of freedom.
+
+    The finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4; beyond 300 degrees it is the normal distribution's.
+    """
+    if freedom > 300:
+        return two_sided(distance)
+    angle = atan(abs(distance) / sqrt(freedom))
+    square = cos(angle) ** 2
+    odd = freedom % 2
+    total, term = 0.0, cos(angle) if odd else 1.0
+    for k in range(1, (freedom - odd) // 2 + 1):
+        total += term
+        term *= square * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    inside = 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+    return max(0.0, 1 - inside)
+
+
+def student_quantile(freedom: int) -> float:
+    """What Student's t is beyond in 5 of 100 cases, both sides together."""
+    low, high = 0.0, 20.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_two_sided(middle, freedom) > LEVEL else (low, middle)
+    return low
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -169,5 +194,4 @@ def difference_quantile(values: ArrayLike) -> float | None:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return None
-    quantile = STUDENT_975[min(len(values) - 1, len(STUDENT_975)) - 1]
-    return float(quantile * sqrt(2) * values.std(ddof=1))
+    return float(student_quantile(len(values) - 1) * sqrt(2) * values.std(ddof=1))

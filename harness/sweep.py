@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from harness import markup
 from harness.records import read_record, write_json_atomically
 from harness.redaction import redact
 from harness.run import Outcome
@@ -56,10 +57,12 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     lines = [f"{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)]
     for entry in entries:
         if entry["status"] in ("failed", "refused"):
-            lines.append(wrapped(f"{entry['title']}: {entry['status']}: {entry['reason']}", width, "    ", "  "))
+            words = markup.plain(f"{entry['title']}: {entry['status']}: {entry['reason']}")
+            lines.append(wrapped(words, width, "    ", "  "))
     skipped = dict.fromkeys(entry["title"] for entry in entries if entry["status"] == "skipped")
     if skipped:
-        lines.append(wrapped(f"not run again (force=true does): {'; '.join(skipped)}", width, "    ", "  "))
+        words = markup.plain(f"not run again (force=true does): {'; '.join(skipped)}")
+        lines.append(wrapped(words, width, "    ", "  "))
     if not paths:
         return "\n".join(lines)
     results = results_of(paths[0])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import markup, tables
+from harness import markup, rows, tables
 from harness.command import single_command
 from harness.comparison import Judge
 from harness.curve_plot import LEAST_POINTS
@@ -220,7 +220,7 @@ def page_data(found: Found, where: str = "") -> dict[str, Any]:
 def _comparison(records: list[RunRecord], judge: Judge | None, first: int, shared: Shared) -> dict[str, Any]:
     """One block: its table, axes, non-dominated sets. Runs are numbered from `first`."""
     block = tables.block_of(records, judge)
-    about = {record.id: tables.describe(record) for record in records}
+    about = {record.id: rows.describe(record) for record in records}
     references, collapsed = (
         frozenset(id for id, described in about.items() if getattr(described, kind)) for kind in ("dense", "collapsed")
     )
@@ -276,7 +276,7 @@ def _cell(cell: Cell) -> list[Any]:
 
 
 def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) -> dict[str, Any]:
-    about = tables.describe(record)
+    about = rows.describe(record)
     run: dict[str, Any] = {
         "id": record.id,
         "folder": folder,
@@ -386,7 +386,7 @@ def _scaling(records: Sequence[RunRecord], folder: str, places: dict[str, int]) 
     kept = [r for r in records if r.value("stored_bytes") is not None]
     by_machine: dict[tuple[str, str], list[RunRecord]] = {}
     for record in kept:
-        about = tables.describe(record)
+        about = rows.describe(record)
         by_machine.setdefault((about.hardware, about.machine), []).append(record)
     for (hardware, machine), of_machine in by_machine.items():
         for metric, label in METRICS.items():

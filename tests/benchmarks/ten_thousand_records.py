@@ -52,8 +52,8 @@ def generate(folder: Path, count: int) -> None:
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def measure(arguments: list[str], results: Path) -> tuple[float, int]:
-    """Seconds of wall time and peak bytes of one command."""
+def measure(arguments: list[str], results: Path) -> tuple[float, float, int]:
+    """Seconds of wall time and of the processor, and peak bytes of one command."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments, f"paths.results={results}"],
@@ -63,7 +63,7 @@ def measure(arguments: list[str], results: Path) -> tuple[float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(arguments)} failed: {errors}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -77,8 +77,8 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.glob("records/*/*.json"))
         print(f"{count} records, {size / 1e6:.0f} MB of JSON")
         for title, arguments in COMMANDS.items():
-            seconds, peak = measure(arguments, folder)
-            print(f"{title:<16} {seconds:6.2f} s  {peak / 1e6:6.0f} MB")
+            seconds, processor, peak = measure(arguments, folder)
+            print(f"{title:<16} {seconds:6.2f} s  {processor:6.2f} s of the processor  {peak / 1e6:6.0f} MB")
 
 
 if __name__ == "__main__":

@@ -46,3 +46,11 @@ def test_names_are_text():
     html = figure("a<b", [("<script>alert(1)</script>", [[0, 1.0], [1, 2.0], [2, 3.0]])])
     assert "<script" not in html
     assert "a&lt;b" in html
+
+
+def test_more_lines_than_can_be_told_apart_are_counted_and_not_drawn():
+    curve = [[0, 3.0], [1, 2.0], [2, 1.5]]
+    records = [replace(fake_record("gptq"), id=str(k), curves={"loss": curve}) for k in range(40)]
+    (drawn,) = learning_curves(records, lambda record: record.id)
+    assert drawn.count("<polyline") == 24
+    assert "the first 24 of 40 runs" in drawn

@@ -31,7 +31,7 @@ def floor(machine=EPYC, **spreads):
 
 def test_the_floor_is_student_s_share_of_the_median():
     spreads = spreads_of(repeats(10.0, 11.0, 9.0))
-    assert spreads["time_per_output_token_ms"][TIME[1]] == pytest.approx(4.303 * np.sqrt(2) * 1.0 / 10)
+    assert spreads["time_per_output_token_ms"][TIME[1]] == pytest.approx(4.303 * np.sqrt(2) * 1.0 / 10, rel=1e-3)
     assert spreads["perplexity"] == {QUICK: 0.0}
 
 

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from fake_records import DENSE_PERPLEXITY, EPYC, LONG, QUICK, XEON, collapsed, failed, record, sweep, write_all
 
-from harness import tables
+from harness import columns, rows, tables
 from harness.errors import ConfigError
 from harness.records import Measurement
+from harness.table_csv import to_csv
 from harness.table_formats import to_html, to_latex, to_markdown
 from harness.taxonomy import TABLES, table_named
 
@@ -109,8 +110,8 @@ def test_every_column_holds_one_workload():
     """Whatever the mixture, in each block all measurements behind a protocol's column have one `on`."""
     mixed = sweep() + sweep(on=LONG) + sweep(batches=(1, 8)) + sweep(machine=XEON) + [record("gptq", 4, model="other")]
     for group in tables.comparable(mixed):
-        for column in tables._columns(group):
-            found = [m for r in group if (m := tables._measured(r, column))]
+        for column in columns.columns_of(group):
+            found = [m for r in group if (m := columns.measured(r, column))]
             assert column.quantity.metric == "compress_seconds" or len({m.on for m in found}) == 1
 
 
@@ -175,11 +176,11 @@ def test_speeds_within_each_others_interval_are_ties():
 def test_the_sign_for_no_difference_follows_the_paired_interval():
     (block,) = blocks(sweep())
     signed = {label for label, row in rows_of(block).items() if "≈" in row["PPL"].sign}
-    runs = {f"{tables._title(r)} {r.bits}": r.find("perplexity_ratio") for r in sweep()}
+    runs = {f"{rows.title_of(r)} {r.bits}": r.find("perplexity_ratio") for r in sweep()}
     contains = {label for label, m in runs.items() if m and m.interval[0] <= 1 <= m.interval[1]}
     assert signed == contains == {"AWQ 4"}
     signed = {label for label, row in rows_of(block).items() if "≈" in row["cloze %"].sign}
-    runs = {f"{tables._title(r)} {r.bits}": r.find("accuracy_difference") for r in sweep()}
+    runs = {f"{rows.title_of(r)} {r.bits}": r.find("accuracy_difference") for r in sweep()}
     assert signed == {label for label, m in runs.items() if m and m.interval[0] <= 0 <= m.interval[1]}
     assert any("not to be told from dense" in sign for sign in block.signs)
 
@@ -396,7 +397,7 @@ def test_a_perplexity_that_is_no_number_is_an_empty_cell_with_its_sign():
 
 def test_csv_has_every_measurement_unrounded():
     records = sweep()
-    read = pd.read_csv(io.StringIO(tables.to_csv(records)))
+    read = pd.read_csv(io.StringIO(to_csv(records)))
     expected = [(r.id, m.metric, m.on, m.value) for r in records for m in r.measurements]
     found = read[read["metric"].notna()]
     assert [tuple(row) for row in found[["record", "metric", "on", "value"]].itertuples(index=False)] == expected
@@ -404,7 +405,7 @@ def test_csv_has_every_measurement_unrounded():
 
 
 def test_csv_gives_a_spreadsheet_no_formula():
-    text = tables.to_csv([record("gptq", 4, model="=HYPERLINK(1)")])
+    text = to_csv([record("gptq", 4, model="=HYPERLINK(1)")])
     assert not re.search(r"(^|,)\"?=", text, re.MULTILINE)
 
 
@@ -524,7 +525,7 @@ def test_widths_name_what_is_quantized():
     ]
     for (weights, inputs, cached), text in cases:
         card = {"activation_bits": inputs, "key_value_bits": cached}
-        assert tables._widths(record("rtn", weights, card=card)) == text
+        assert rows.widths(record("rtn", weights, card=card)) == text
 
 
 def test_a_stack_says_what_its_steps_cost_alone_and_together():

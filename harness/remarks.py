@@ -1,0 +1,165 @@
+"""What stands around the numbers of a block: the protocol above them, the footnotes of each row below."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from harness.columns import PROTOCOL_METRICS, QUANTITIES, Column, batch_of
+from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, RunRecord
+from harness.rows import engine_name, lines_of, name_of, shortened, sparsity_of, title_of
+from harness.taxonomy import DENSE
+
+
+def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
+    """Footnotes of a row: departures from the paper, what its author must say, what else runs it, why it has gaps.
+
+    beside: the other rows of the block; a stack is compared with its steps among them.
+    """
+    remarks = [*lines_of(record, "departures"), *lines_of(record, "notes"), *_additivity(record, beside)]
+    remarks += [*_removal(record, beside), *_zeros(record), *_off_grid(record)]
+    if record.card.get("runtime"):
+        remarks.append(f"other runtimes: {record.card['runtime']}")
+    if record.failure:
+        remarks.append(shortened(f"failed in {record.failure.stage}: {record.failure.reason}"))
+    remarks += [
+        shortened(f"{m.metric} not measured ({m.on}): {m.note}")
+        for m in record.measurements
+        if m.value is None and m.note and m.metric in {q.metric for q in QUANTITIES}
+    ]
+    remarks += [
+        shortened(f"{m.metric} {m.note}")  # e.g. a baseline outside its anchor
+        for m in record.measurements
+        if m.metric == "perplexity" and m.value is not None and m.note and "collapsed" not in m.note
+    ]
+    remarks += _doubts_about_speed(record)
+    return remarks
+
+
+def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a stack's steps cost alone, what that predicts if losses (nats per token) add up, what was measured."""
+    steps = (record.config.get("method") or {}).get("steps") or []
+    dense = next((r for r in beside if name_of(r) == DENSE.name), None)
+    alone = [next((r for r in beside if r.config.get("method") == step), None) for step in steps]
+    found = [r.find("perplexity") if r else None for r in (dense, record, *alone)]
+    if not steps or any(m is None or m.value is None for m in found):
+        return []
+    start, measured, *parts = (math.log(m.value) for m in found)
+    predicted = math.exp(start + sum(part - start for part in parts))
+    listed = ", ".join(f"{title_of(r)} {math.exp(part):.4g}" for r, part in zip(alone, parts, strict=True))
+    return [
+        f"alone: {listed}; if their losses added up, {predicted:.4g}; measured {math.exp(measured):.4g} "
+        f"({math.exp(measured) / predicted - 1:+.1%})"
+    ]
+
+
+def _removal(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
+    """What a structured pruner took out, beside what it was asked for, and the parameters that are left."""
+    reached = record.curves.get(REMOVED_SHARE)
+    if not reached:
+        return []
+    parts = [f"{reached[-1][1]:.1%} of the blocks' weights removed, {sparsity_of(record)} asked for"]
+    dense = next((r for r in beside if name_of(r) == DENSE.name), None)
+    left, whole = (r.value("parameters") if r else None for r in (record, dense))
+    if left and whole:
+        parts.append(f"{left:,.0f} of {whole:,.0f} parameters left ({left / whole - 1:+.1%})")
+    return ["; ".join(parts)]
+
+
+def _zeros(record: RunRecord) -> list[str]:
+    """That zeros were multiplied like other numbers, where no speed column says which kernel ran."""
+    loaded = record.find("loaded_weight_bytes")
+    if record.find("time_per_output_token_ms") or loaded is None or WITH_ZEROS not in loaded.note:
+        return []
+    return [f"runs {WITH_ZEROS}: no faster than dense"]
+
+
+def _off_grid(record: RunRecord) -> list[str]:
+    """That a stack has no longer the bit-width that its row names."""
+    off = record.curves.get(OFF_GRID)
+    return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
+
+
+def _doubts_about_speed(record: RunRecord) -> list[str]:
+    """What a reader must know before trusting the times: foreign load, repeats that did not settle."""
+    doubts: dict[str, list[str]] = {}
+    for m in record.measurements:
+        if m.metric == "time_per_output_token_ms":
+            for part in m.note.split("; ")[1:]:
+                if not re.fullmatch(r"\d+ requests", part):
+                    doubts.setdefault(m.on.partition(",")[0], []).append(part)
+    return [shortened(f"speed at {on}: {', '.join(parts)}") for on, parts in doubts.items()]
+
+
+def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
+    """What a reader must know before the numbers: model, workloads, text, arithmetic, versions, dates."""
+    notes = dict.fromkeys(str((record.config.get("model") or {}).get("note") or "") for record in records)
+    lines = [f"Model: {shortened(note)}" for note in notes if note]
+    for metric, words in (("perplexity", "Perplexity"), ("accuracy", "Tasks")):
+        on = [c.on for c in columns if c.quantity.metric == metric and c.on]
+        if on:
+            lines.append(f"{words}: {'; '.join(dict.fromkeys(on))}")
+    if any(c.quantity.metric in ("kl_divergence", "top1_agreement") for c in columns):
+        lines.append("KL(dense ‖ row) per token and top-1 agreement: against the dense run on the same windows")
+    speed = [c for c in columns if c.quantity.metric in PROTOCOL_METRICS and c.on and batch_of(c.on) < math.inf]
+    if speed:
+        on = "; ".join(f"{heads} at {on}" for on, heads in _heads_by_workload(speed).items())
+        lines.append(f"Speed: {on}" + (f"; {kernel}" if kernel and not on.endswith(kernel) else ""))
+    load = [f"{c.head}: {c.on}" for c in columns if c.quantity.metric == "requests_per_second" and c.on]
+    if load:
+        lines.append(f"Load: {'; '.join(load)}")
+    calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if name_of(r) != DENSE.name}
+    calibration.discard("null")
+    if len(calibration) == 1:
+        settings = json.loads(calibration.pop())
+        if isinstance(settings, dict):
+            texts = [(record.environment.get("text") or {}) for record in records]
+            source = _distinct(text["calibration"]["name"] for text in texts if text.get("calibration"))
+            domain = "in the domain of the evaluation" if any(t.get("calibrated_in_domain") for t in texts) else ""
+            facts = [source, *(f"{key} {value}" for key, value in settings.items()), domain]
+            lines.append("Calibration: " + ", ".join(filter(None, facts)))
+    environments = [record.environment for record in records]
+    if engine_name(records[0]):
+        outside = _distinct(
+            f"{package} {version}"
+            for e in environments
+            for package, version in (e.get("engine_versions") or {}).items()
+        )
+        lines.append(f"Engine: {engine_name(records[0])}, in an interpreter of its own ({outside})")
+    facts = [
+        _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),
+        _distinct(f"{e['decoding_dtype']} decoding" for e in environments if e.get("decoding_dtype")),
+        _distinct(f"{e['threads']} threads" for e in environments if e.get("threads")),
+    ]
+    for package in ("torch", "transformers"):
+        facts.append(
+            _distinct(f"{package} {v[package]}" for e in environments if package in (v := e.get("versions") or {}))
+        )
+    days = sorted(r.finished[:10] for r in records if r.finished)
+    if days:
+        facts.append(f"measured {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
+    facts.append(_commits(environments))
+    lines.append(", ".join(filter(None, facts)))
+    return [line for line in lines if line]
+
+
+def _heads_by_workload(columns: list[Column]) -> dict[str, str]:
+    heads: dict[str, list[str]] = {}
+    for column in columns:
+        heads.setdefault(column.on or "", []).append(column.head.removesuffix(" ms"))
+    return {on: ", ".join(names) for on, names in heads.items()}
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _commits(environments: list[dict[str, Any]]) -> str:
+    sources = [e.get("source") or {} for e in environments]
+    found = _distinct(
+        f"{s['commit'][:8]}{' with changes' if s.get('dirty') else ''}" for s in sources if s.get("commit")
+    )
+    return f"commit {found}" if found else ""
