@@ -37,7 +37,7 @@ demo: setup
 	$(RUN) -m harness -m method=awq,gptq bits=3,4 model=smollm2-135m-gguf hardware=cpu evaluation=quick
 
 test: setup
-	$(RUN) -m pytest -m "not real_model and not browser"
+	$(RUN) -m pytest -n auto --dist worksteal -m "not real_model and not browser"
 
 test-real: setup
 	$(RUN) -m pytest -m real_model
