@@ -19,6 +19,8 @@ from typing import Any, Literal
 from harness.redaction import redacted
 
 SCHEMA = 1
+UMASK = os.umask(0)  # the system tells it only by changing it: once, before any thread
+os.umask(UMASK)
 
 Better = Literal["lower", "higher"]
 
@@ -177,6 +179,7 @@ def write_bytes_atomically(content: bytes, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o666 & ~UMASK)  # temporary files are their owner's alone; results are to be read
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

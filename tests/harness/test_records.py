@@ -114,3 +114,10 @@ def test_records_are_read_in_order_of_their_path(tmp_path):
     for k, run in enumerate(sweep()):
         write_record(run, tmp_path / "records" / "model" / f"{9 - k}.json")
     assert [run for _, run in read_records(tmp_path)] == sweep()[::-1]
+
+
+def test_a_written_file_may_be_read_by_whom_the_system_lets_read_files(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    write_json_atomically({}, tmp_path / "x.json")
+    assert (tmp_path / "x.json").stat().st_mode == plain.stat().st_mode
