@@ -16,8 +16,6 @@ from math import log, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from harness import statistics
 from harness.noise_floor import NoiseFloors
 from harness.records import Measurement, RunRecord
@@ -53,6 +51,8 @@ class Kept:
         table = self._table(record, f"perplexity-{parts[-2]}.parquet", ("window", column))
         if table is None:
             return None
+        import numpy as np
+
         windows, values = table
         return values, round(len(values) / len(np.unique(windows)))
 
@@ -112,6 +112,8 @@ class Judge:
 
     def ties(self, rows: Sequence[Arm], best: Arm) -> set[str]:
         """Ids of the records that no test tells from the best one, which is among them."""
+        if not (self.floors.floors or self.kept.there or best[1].metric in TO_DENSE or best[1].interval):
+            return {best[0].id}  # nothing to test it with, which most columns have not
         found = {record.id: self.p_value((record, m), best) for record, m in rows if record is not best[0]}
         return {best[0].id} | self._not_told_apart(found)
 
@@ -166,6 +168,8 @@ def _from_outcomes(one: Arm, other: Arm, kept: Kept) -> float | None:
         gained = sum(right[question] and not others[question] for question in right)
         lost = sum(others[question] and not right[question] for question in right)
         return statistics.mcnemar(gained, lost)
+    import numpy as np
+
     tokens, other_tokens = kept.tokens(first, ours), kept.tokens(second, ours)
     if tokens is None or other_tokens is None or len(tokens[0]) != len(other_tokens[0]):
         return None

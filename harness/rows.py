@@ -131,8 +131,12 @@ def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
     for record in records:
         alike.setdefault((name_of(record), widths(record), str(sparsity_of(record))), []).append(record)
     labels = {}
+    known: dict[tuple, dict[str, Any]] = {}  # settings of sections that are one object in many records
     for same in alike.values():
-        apart = _apart({record.id: _leaves(record) for record in same})
+        if len(same) == 1:
+            labels[same[0].id] = title_of(same[0])
+            continue
+        apart = _apart({record.id: _leaves(record, known) for record in same})
         for record in same:
             words = apart[record.id]
             if len(words) > MOST_WORDS:
@@ -144,10 +148,11 @@ def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
 def _apart(leaves: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Record id → "key=value" of what it has and most of the others have not; a key alone where that is clear."""
     keys = sorted({key for found in leaves.values() for key in found})
-    differing = [key for key in keys if len({str(found.get(key)) for found in leaves.values()}) > 1]
+    counted = {key: Counter([str(found.get(key)) for found in leaves.values()]) for key in keys}
+    differing = [key for key in keys if len(counted[key]) > 1]
     differing = [key for key in differing if not key.endswith("._target_")] or differing
     tails = Counter(key.rpartition(".")[2] for key in differing)
-    usual = {key: Counter(str(found.get(key)) for found in leaves.values()).most_common(1)[0] for key in differing}
+    usual = {key: counted[key].most_common(1)[0] for key in differing}
     words: dict[str, list[str]] = {}
     for record, found in leaves.items():
         words[record] = []
@@ -170,10 +175,22 @@ def title_of(record: RunRecord) -> str:
     return shortened(str(record.card.get("title") or name), LONGEST_TITLE)
 
 
-def _leaves(record: RunRecord) -> dict[str, Any]:
-    """Settings by which two runs of one method may differ: dotted name → value."""
+def _leaves(record: RunRecord, known: dict[tuple, dict[str, Any]]) -> dict[str, Any]:
+    """Settings by which two runs of one method may differ: dotted name → value. known: sections seen before, by id."""
     evaluation = record.config.get("evaluation") or {}
     found: dict[str, Any] = {"seed": record.config.get("seed"), "evaluation": evaluation.get("name")}
+    sections = ["method", *(["calibration"] if record.card.get("calibrates", True) is True else [])]
+    for name in sections:
+        section = record.config.get(name)
+        if (name, id(section)) not in known:
+            known[name, id(section)] = _settings(name, section)
+        found |= known[name, id(section)]
+    return found
+
+
+def _settings(name: str, section: Any) -> dict[str, Any]:
+    """A section of a configuration: dotted name → value."""
+    found: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -185,9 +202,7 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
         else:
             found[prefix] = value
 
-    walk("method", record.config.get("method"))
-    if record.card.get("calibrates", True) is True:
-        walk("calibration", record.config.get("calibration"))
+    walk(name, section)
     return found
 
 
@@ -196,8 +211,11 @@ def sparsity_of(record: RunRecord) -> Any:
     method = record.config.get("method")
     if not isinstance(method, dict):
         return None
-    parts = [part for step in (method, *method.get("steps", [])) for part in (step, step.get("pruner") or {})]
-    return next((part["sparsity"] for part in parts if part.get("sparsity") is not None), None)
+    for step in (method, *method.get("steps", ())):
+        for part in (step, step.get("pruner")):
+            if part and part.get("sparsity") is not None:
+                return part["sparsity"]
+    return None
 
 
 def has_collapsed(record: RunRecord) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from harness import markup
 
@@ -55,12 +55,12 @@ class Block:
     naming: int = 2  # leading columns that say which row it is
     seam: int | None = None  # column before which a table that is too wide is best cut: the first of speed
 
-    @property
+    @cached_property
     def words(self) -> frozenset[int]:
         """Columns of words, set to the left: the first, and those after the naming ones that have no direction."""
         return frozenset(k for k, arrow in enumerate(self.arrows) if k == 0 or (k >= self.naming and not arrow))
 
-    @property
+    @cached_property
     def has_intervals(self) -> bool:
         """Whether any cell has one."""
         return any(cell.interval for row in self.rows for cell in row.cells)
@@ -97,17 +97,18 @@ def _wrapped(text: str, width: int) -> str:
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
     """The rows as one table, or where that is wider than `width` as several that repeat what names a row."""
+    words = block.words
     head = [markup.markdown(text) for text in block.heads]
     body = [[_markdown_cell(cell) for cell in row.cells] for row in block.rows]
     widths = [max(3, *(len(line[k]) for line in [head, *body] if line)) for k in range(len(head))]
 
     def padded(line: list[str], columns: list[int]) -> str:
-        cells = [f" {line[k].ljust(widths[k])}" if k in block.words else line[k].rjust(widths[k]) for k in columns]
+        cells = [f" {line[k].ljust(widths[k])}" if k in words else line[k].rjust(widths[k]) for k in columns]
         return f"|{' |'.join(cells)} |"
 
     tables = []
     for columns in _columns_by_part(widths, block, width):
-        rule = ["-" * (widths[k] + 2) if k in block.words else "-" * widths[k] + ":" for k in columns]
+        rule = ["-" * (widths[k] + 2) if k in words else "-" * widths[k] + ":" for k in columns]
         lines = [padded(head, columns), f"|{'|'.join(rule)}|"]
         for row, line in zip(block.rows, body, strict=True):
             # a heading is wider than its column: padding every row to it would push the numbers off the screen

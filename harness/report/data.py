@@ -9,20 +9,24 @@ import base64
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness import markup, rows, tables
 from harness.command import single_command
 from harness.comparison import Judge
 from harness.curve_plot import LEAST_POINTS
 from harness.errors import ConfigError
-from harness.records import Measurement, RunRecord, read_record
+from harness.record_index import Packed, read_packed, unpacked
+from harness.records import Measurement, RunRecord
 from harness.report.axes import Axis, axes_of, fronts
 from harness.scaling_plot import METRICS, points_of
 from harness.table_formats import Block, Cell
@@ -30,6 +34,7 @@ from harness.table_formats import Block, Cell
 PUBLISHED = "published"
 DIGITS = 6  # of numbers on the page; records have all
 MOST_STEPS = 100  # of a learning curve
+AT_ONCE = 256  # records whose errors of linears are packed together
 BANDWIDTH = re.compile(r"at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
 
 
@@ -112,15 +117,12 @@ def read_folders(results: Path) -> Found:
         if inside[0] == PUBLISHED or "records" in inside[:-1]:
             continue
         folder = "/".join(inside[:-1])
-        for path in sorted(home.glob("*/*.json")):
-            try:
-                record = read_record(path)
-            except ValueError as error:
-                found.broken.append(str(error))
-                continue
-            found.folders.setdefault(folder, []).append(known.slim(record))
-            if record.layer_errors:
-                found.layers[folder, record.id] = known.layers(record)
+        reading = read_packed(home.parent, layers=True)
+        found.broken += reading.broken
+        if reading.records:
+            found.folders[folder] = [known.slim(record) for record in reading.records.values()]
+        ids = {place: record.id for place, record in reading.records.items()}
+        found.layers |= {(folder, ids[place]): layers for place, layers in known.layers(reading.layers)}
     if not found.folders and not found.broken:
         raise ConfigError(
             f"{results} holds no records; run `python -m harness`, or read the published ones with "
@@ -134,47 +136,47 @@ def packed(values: Iterable[float | None]) -> str:
 
     A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for none.
     """
-    numbers = np.array(list(values), dtype=np.float64)  # NaN for None
+    return base64.b64encode(_codes(np.array(list(values), dtype=np.float64)).tobytes()).decode()  # NaN for None
+
+
+def _codes(numbers: NDArray[np.float64]) -> NDArray[np.uint16]:
     codes = np.rint(1000 * (12 + np.log10(np.maximum(numbers, 1e-12)))).clip(0, 65534)
-    return base64.b64encode(np.where(np.isnan(numbers), 65535, codes).astype("<u2").tobytes()).decode()
+    return np.where(np.isnan(numbers), 65535, codes).astype("<u2")
 
 
 @dataclass
 class _Known:
     """Sections and texts seen before. Ten thousand records say much the same: it is kept in memory once."""
 
-    sections: dict[str, Any] = field(default_factory=dict)
+    names: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
 
     def slim(self, record: RunRecord) -> RunRecord:
-        config = {key: self._once(section) for key, section in record.config.items() if key != "card"}
-        environment = {key: self._once(section) for key, section in record.environment.items()}
-        text = self._text
-        measurements = [
-            Measurement(text(m.metric), m.value, text(m.unit), text(m.on), m.better, m.interval, text(m.note))
-            for m in record.measurements
-        ]
-        return replace(
-            record,
-            config=config,
-            card=self._once(record.card),
-            environment=environment,
-            measurements=measurements,
-            command=self._text(record.command),
-            curves={name: _thinned(points) for name, points in record.curves.items()},
-            layer_errors={},
-            layer_output_errors={},
-        )
+        """The record with thinned curves."""
+        if not record.curves:
+            return record
+        return replace(record, curves={name: _thinned(points) for name, points in record.curves.items()})
 
-    def layers(self, record: RunRecord) -> Layers:
-        names = list(record.layer_errors)
-        outputs = [record.layer_output_errors.get(name) for name in names]
-        return Layers(self._once(names), packed(record.layer_errors.values()), packed(outputs))
+    def layers(self, found: dict[str, tuple[Packed, ...]]) -> Iterator[tuple[str, Layers]]:
+        """What the page holds of errors of linears, for each record that has any."""
+        there = [(place, *both) for place, both in found.items() if both[0][0]]
+        for first in range(0, len(there), AT_ONCE):
+            part = there[first : first + AT_ONCE]
+            doubles = [
+                values for _, weights, outputs in part for values in (weights[1], _in_order(weights[0], outputs))
+            ]
+            codes = memoryview(_codes(np.frombuffer(b"".join(doubles))).tobytes())
+            ends = [0, *accumulate(len(values) // 4 for values in doubles)]  # two bytes where a double has eight
+            texts = (base64.b64encode(codes[start:end]).decode() for start, end in pairwise(ends))
+            for place, (names, _), _ in part:
+                yield place, Layers(self.names.setdefault(names, list(names)), next(texts), next(texts))
 
-    def _once(self, section: Any) -> Any:
-        return self.sections.setdefault(repr(section), section)
 
-    def _text(self, text: str) -> str:
-        return self.sections.setdefault(text, text)
+def _in_order(names: tuple[str, ...], packed: Packed) -> bytes:
+    """Packed errors in the order of these names, NaN for one that has none."""
+    if packed[0] == names:
+        return packed[1]
+    errors = unpacked(packed)
+    return array("d", [math.nan if (error := errors.get(name)) is None else error for name in names]).tobytes()
 
 
 def _thinned(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
@@ -297,7 +299,8 @@ def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) 
         "paper": str(record.card.get("paper") or ""),
     }
     run = {key: value for key, value in run.items() if value}
-    run["config"] = {key: shared.place(section) for key, section in record.config.items() if section is not None}
+    config = {key: section for key, section in record.config.items() if key != "card" and section is not None}
+    run["config"] = {key: shared.place(section) for key, section in config.items()}
     run["environment"] = {key: shared.place(section) for key, section in record.environment.items() if section}
     run |= {"layers": [shared.place(layers.names), layers.weights, layers.outputs]} if layers else {}
     run = shown(run)
