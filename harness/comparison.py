@@ -182,19 +182,19 @@ def _from_differences_to_dense(one: Arm, other: Arm | None) -> float | None:
     if metric not in TO_DENSE:
         return None
     name, nothing = TO_DENSE[metric]
-    arms = [None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other)]
+    first, second = (None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other))
     difference = variance = 0.0
-    for record, sign in zip(arms, (1, -1), strict=True):
+    for record, sign in ((first, 1), (second, -1)):
         if record is None:
             continue
         compared = record.find(name, on)
         if compared is None or compared.value is None or compared.interval is None:
             return None
-        if None in arms and (exact := _mcnemar_of(compared.note)) is not None:
+        if (first is None or second is None) and (exact := _mcnemar_of(compared.note)) is not None:
             return exact
-        value, low, high = (_scaled(x, metric) for x in (compared.value, *compared.interval))
-        difference += sign * (value - _scaled(nothing, metric))
-        variance += ((high - low) / (2 * statistics.Z_95)) ** 2
+        low, high = compared.interval
+        difference += sign * (_scaled(compared.value, metric) - _scaled(nothing, metric))
+        variance += ((_scaled(high, metric) - _scaled(low, metric)) / (2 * statistics.Z_95)) ** 2
     return _p_of_difference(difference, variance)
 
 

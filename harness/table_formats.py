@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 from harness import markup
 
@@ -16,8 +17,7 @@ PROSE_WIDTH = 118  # of lines of prose in Markdown, where there is room
 LEAST_WIDTH = 60
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):  # hundreds of thousands are made: a frozen class takes four times as long to fill
     """One value.
 
     interval, half_width: the same 95 % interval as "[19.0–20.6]" and as "±0.80"; Markdown has room for the latter.
@@ -142,7 +142,11 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
 def _markdown_cell(cell: Cell) -> str:
     text = markup.markdown(cell.value)
-    value = (f"**{text}**" if cell.bold else text) + _superscript(cell.notes)
+    value = f"**{text}**" if cell.bold else text
+    if cell.notes:
+        value += _superscript(cell.notes)
+    if not (cell.half_width or cell.sign):
+        return value
     return " ".join(filter(None, [value, cell.half_width, cell.sign]))
 
 
@@ -198,8 +202,11 @@ def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
 
 
 def _latex_length(cell: Cell) -> int:
-    words = [cell.value, cell.interval, cell.sign]
-    return len(" ".join(filter(None, words))) + len(",".join(map(str, cell.notes))) // 2
+    spaces = bool(cell.interval) + bool(cell.sign)
+    notes = len(",".join(map(str, cell.notes))) // 2 if cell.notes else 0
+    return (
+        len(cell.value) + len(cell.interval) + len(cell.sign) + (spaces if cell.value else max(0, spaces - 1)) + notes
+    )
 
 
 def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
@@ -231,7 +238,12 @@ def _latex_cell(cell: Cell) -> str:
     value = rf"\textbf{{{text}}}" if cell.bold else text
     notes = f"$^{{{','.join(map(str, cell.notes))}}}$" if cell.notes else ""
     # braces keep a leading bracket from being taken for the option of the \\ before it
-    return " ".join(filter(None, [f"{{{value}}}" + notes, markup.latex(cell.interval), markup.latex(cell.sign)]))
+    parts = [f"{{{value}}}{notes}"]
+    if cell.interval:
+        parts.append(markup.latex(cell.interval))
+    if cell.sign:
+        parts.append(markup.latex(cell.sign))
+    return " ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- HTML

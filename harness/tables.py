@@ -242,7 +242,7 @@ def _block(
         ]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
-            cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
+            cells[gap] = cells[gap]._replace(value="failed" if gap else f"{cells[0].value}, failed")
         if kernels.each:
             cells.append(Cell(kernels.each.get(record.id, "")))
         rows.append(Row(tuple(cells)))
