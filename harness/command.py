@@ -19,11 +19,8 @@ def single_command(record: RunRecord) -> str:
     card and bits; `python -m harness.verify ID` always runs the very same configuration.
     """
     overrides: dict[str, str] = {}
-    for word in _words(record.command)[3:]:
-        key, equals, value = word.partition("=")
-        if not equals or key.startswith(LOCAL) or key == "experiment":
-            continue
-        chosen = _chosen(record, key.lstrip("+"), _values(value))
+    for key, values in _swept(record.command):
+        chosen = _chosen(record, key.lstrip("+"), values)
         if chosen is not None:
             overrides[key] = chosen
     overrides.pop("method", None)
@@ -41,8 +38,14 @@ def single_command(record: RunRecord) -> str:
 
 
 @lru_cache(maxsize=1024)  # the records of a sweep share its command
-def _words(command: str) -> tuple[str, ...]:
-    return tuple(shlex.split(command))
+def _swept(command: str) -> list[tuple[str, list[str]]]:
+    """Overrides that say what was run, each with its values."""
+    parts = (word.partition("=") for word in shlex.split(command)[3:])
+    return [
+        (key, _values(value))
+        for key, equals, value in parts
+        if equals and not key.startswith(LOCAL) and key != "experiment"
+    ]
 
 
 def _method(record: RunRecord) -> str:

@@ -16,8 +16,6 @@ from math import log, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from harness import statistics
 from harness.noise_floor import NoiseFloors
 from harness.records import Measurement, RunRecord
@@ -53,6 +51,8 @@ class Kept:
         table = self._table(record, f"perplexity-{parts[-2]}.parquet", ("window", column))
         if table is None:
             return None
+        import numpy as np
+
         windows, values = table
         return values, round(len(values) / len(np.unique(windows)))
 
@@ -112,6 +112,8 @@ class Judge:
 
     def ties(self, rows: Sequence[Arm], best: Arm) -> set[str]:
         """Ids of the records that no test tells from the best one, which is among them."""
+        if not (self.floors.floors or self.kept.there or best[1].metric in TO_DENSE or best[1].interval):
+            return {best[0].id}  # nothing to test it with, which most columns have not
         found = {record.id: self.p_value((record, m), best) for record, m in rows if record is not best[0]}
         return {best[0].id} | self._not_told_apart(found)
 
@@ -166,6 +168,8 @@ def _from_outcomes(one: Arm, other: Arm, kept: Kept) -> float | None:
         gained = sum(right[question] and not others[question] for question in right)
         lost = sum(others[question] and not right[question] for question in right)
         return statistics.mcnemar(gained, lost)
+    import numpy as np
+
     tokens, other_tokens = kept.tokens(first, ours), kept.tokens(second, ours)
     if tokens is None or other_tokens is None or len(tokens[0]) != len(other_tokens[0]):
         return None
@@ -178,19 +182,19 @@ def _from_differences_to_dense(one: Arm, other: Arm | None) -> float | None:
     if metric not in TO_DENSE:
         return None
     name, nothing = TO_DENSE[metric]
-    arms = [None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other)]
+    first, second = (None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other))
     difference = variance = 0.0
-    for record, sign in zip(arms, (1, -1), strict=True):
+    for record, sign in ((first, 1), (second, -1)):
         if record is None:
             continue
         compared = record.find(name, on)
         if compared is None or compared.value is None or compared.interval is None:
             return None
-        if None in arms and (exact := _mcnemar_of(compared.note)) is not None:
+        if (first is None or second is None) and (exact := _mcnemar_of(compared.note)) is not None:
             return exact
-        value, low, high = (_scaled(x, metric) for x in (compared.value, *compared.interval))
-        difference += sign * (value - _scaled(nothing, metric))
-        variance += ((high - low) / (2 * statistics.Z_95)) ** 2
+        low, high = compared.interval
+        difference += sign * (_scaled(compared.value, metric) - _scaled(nothing, metric))
+        variance += ((_scaled(high, metric) - _scaled(low, metric)) / (2 * statistics.Z_95)) ** 2
     return _p_of_difference(difference, variance)
 
 

@@ -9,7 +9,6 @@ import re
 import subprocess
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +167,8 @@ def _gpu_names() -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of every installed package that may touch a number."""
+    from importlib import metadata
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -27,12 +27,11 @@ def frontier(values: ArrayLike, better: Sequence[Better], intervals: ArrayLike |
     Raises ValueError for shapes that do not fit.
     """
     costs = _as_costs(values, better, intervals)
-    places = np.arange(costs.shape[1])
-    beaten = [
-        _beats(costs[:, rows], costs).any(1)
-        for rows in np.split(places, range(ROWS_AT_ONCE, len(places), ROWS_AT_ONCE))
-    ]
-    return complete(values) & ~np.concatenate(beaten)
+    places = np.flatnonzero(complete(values))
+    costs = costs[:, places]
+    found = np.zeros(len(np.asarray(values)), dtype=bool)
+    found[places] = ~(_beaten_of_two(costs) if len(better) == 2 else _beaten(costs))
+    return found
 
 
 def complete(values: ArrayLike) -> NDArray[np.bool_]:
@@ -56,6 +55,28 @@ def beaten_by(values: ArrayLike, better: Sequence[Better], intervals: ArrayLike 
         beats = _beats(costs[:, [place]], costs)[0]
         found[place] = beats.argmax() if beats.any() else -1
     return found
+
+
+def _beaten(costs: NDArray) -> NDArray[np.bool_]:
+    """Whether some other point beats each: costs [3, N, C] -> [N]."""
+    rows = np.split(np.arange(costs.shape[1]), range(ROWS_AT_ONCE, costs.shape[1], ROWS_AT_ONCE))
+    return np.concatenate([_beats(costs[:, part], costs).any(1) for part in rows])
+
+
+def _beaten_of_two(costs: NDArray) -> NDArray[np.bool_]:
+    """The same for two criteria, in N log N: costs [3, N, 2] -> [N].
+
+    What is better beyond both intervals on one criterion is no worse there. So a point is beaten where, among those
+    whose most is below its least on one criterion, the best value on the other is no worse than its own.
+    """
+    beaten = np.zeros(costs.shape[1], dtype=bool)
+    for k in range(2):
+        order = costs[2, :, k].argsort()
+        best = np.minimum.accumulate(costs[0, order, 1 - k])
+        before = np.searchsorted(costs[2, order, k], costs[1, :, k])  # how many lie wholly below
+        some = before > 0
+        beaten[some] |= best[before[some] - 1] <= costs[0, some, 1 - k]
+    return beaten
 
 
 def _beats(losers: NDArray, winners: NDArray) -> NDArray[np.bool_]:

@@ -4,6 +4,8 @@ Ten thousand records are hundreds of megabytes of JSON, and parsing them takes l
 them. So what was read once is kept in the cache in a form that loads several times faster, with the size and time of
 change of each file: one that changed is parsed again, one that is gone is forgotten. The files stay the only source:
 the index may be deleted at any time.
+
+Errors of layers are most of a record, and few ask for them: they have a file of their own.
 """
 
 from __future__ import annotations
@@ -12,119 +14,200 @@ import gc
 import hashlib
 import json
 import marshal
+import math
+import os
 import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness.records import SCHEMA, RunRecord, from_json, write_bytes_atomically
+from harness.records import SCHEMA, Failure, Measurement, RunRecord, from_json, write_bytes_atomically
 from harness.wheels import default_cache
 
 FEWEST = 300  # records below which parsing takes no longer than the index would
-VERSION = 1  # of what an entry holds
+VERSION = 2  # of what an entry holds
 LAYERS = ("layer_errors", "layer_output_errors")
+CANONICAL = 2  # version of marshal in which equal JSON values have equal bytes
 
-# relative path -> (time of change in ns, bytes, record without errors of layers, packed errors of layers)
-Entry = tuple[int, int, dict[str, Any], list[tuple[tuple[str, ...], bytes]]]
+State = tuple[int, ...]  # of a file: times of change in ns, place on the disk, bytes
+Packed = tuple[tuple[str, ...], bytes]  # names of linears, their errors as doubles, NaN for None
 
 
-def read_all(results: Path, layer_errors: bool = True) -> tuple[list[tuple[Path, RunRecord]], list[str]]:
+@dataclass
+class Reading:
+    """What a folder holds, by place ("model/file.json") in order. The records have no errors of layers.
+
+    layers: those of LAYERS by place, where they were asked for.
+    """
+
+    records: dict[str, RunRecord] = field(default_factory=dict)
+    layers: dict[str, tuple[Packed, ...]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+def read_all(results: Path) -> tuple[list[tuple[Path, RunRecord]], list[str]]:
     """Every readable record below `results/records` with its path, sorted by path; and why the others are not.
 
-    layer_errors: False leaves those two fields empty, which saves most of the memory.
     Records may share parts of their configuration and environment: they are for reading only.
     """
-    files = sorted((results / "records").glob("*/*.json"))
-    records, broken = [], []
+    reading = read_packed(results, layers=True)
+    records = []
+    for place, record in reading.records.items():
+        errors = {key: unpacked(packed) for key, packed in zip(LAYERS, reading.layers[place], strict=True)}
+        records.append((results / "records" / place, _made(RunRecord, vars(record) | errors)))
+    return records, reading.broken
+
+
+def read_packed(results: Path, layers: bool = False) -> Reading:
+    """The same, with errors of layers apart and packed, or without them, which saves most of the memory."""
+    reading = Reading()
+    files = _files(results / "records")
     with without_collector():
-        index = _Index(results, len(files))
-        for path in files:
+        index = _Index(results, layers, len(files))
+        for place, file in files:
             try:
-                data, layers = index.read(path)
-                if layer_errors:
-                    data = data | {key: _unpacked(*packed) for key, packed in zip(LAYERS, layers, strict=False)}
-                records.append((path, from_json(data)))
+                reading.records[place], packed = index.read(place, file)
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                index.drop(path)
-                broken.append(f"{path} is not a record this version can read: {error}")
+                reading.broken.append(f"{results / 'records' / place} is not a record this version can read: {error}")
+                continue
+            if layers:
+                reading.layers[place] = packed
         index.save()
-    return records, broken
+    return reading
+
+
+def unpacked(packed: Packed) -> dict[str, float | None]:
+    """Errors by the name of the linear."""
+    names, values = packed
+    return {name: None if math.isnan(value) else value for name, value in zip(names, array("d", values), strict=True)}
+
+
+def _files(folder: Path) -> list[tuple[str, os.DirEntry]]:
+    """Place and entry of every file of a record, in the order of their paths."""
+    if not folder.is_dir():
+        return []
+    found = {}
+    for home in os.scandir(folder):
+        if home.is_dir():
+            found |= {(home.name, file.name): file for file in os.scandir(home) if file.name.endswith(".json")}
+    return [("/".join(names), found[names]) for names in sorted(found)]
 
 
 class _Index:
-    """What was read before, and what is read now."""
+    """What was read before, and what is read now: records, and errors of layers once they are asked for."""
 
-    def __init__(self, results: Path, count: int) -> None:
-        self.results = results
-        self.kept: dict[str, Entry] = {}
-        self.now: dict[str, Entry] = {}
-        self.shared: dict[str, Any] = {}
+    def __init__(self, results: Path, layers: bool, count: int) -> None:
         name = hashlib.sha256(str(results.resolve()).encode()).hexdigest()[:16]
-        version = f"{sys.implementation.cache_tag}-{marshal.version}-{SCHEMA}-{VERSION}"
-        self.file = default_cache() / "indexes" / f"{name}-{version}" if count >= FEWEST else None
-        if self.file is not None and self.file.exists():
-            try:
-                self.kept = marshal.loads(self.file.read_bytes())
-            except (OSError, EOFError, ValueError, TypeError):
-                self.kept = {}  # torn: it is made again
+        shape = repr([[f.name for f in fields(kind)] for kind in (RunRecord, Measurement, Failure)])
+        version = f"{marshal.version}-{SCHEMA}-{VERSION}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}"
+        file = default_cache() / "indexes" / f"{name}-{sys.implementation.cache_tag}-{version}"
+        self.file = file if count >= FEWEST else None
+        self.wanted = layers
+        self.kept: dict[str, tuple[State, dict[str, Any]]] = self._loaded("records")
+        self.kept_layers: dict[str, tuple[State, tuple[Packed, ...]]] = self._loaded("layers") if layers else {}
+        self.forgotten = len(self.kept)  # entries that no file has asked for
+        self.now: dict[str, tuple[State, RunRecord, tuple[Packed, ...]]] = {}
+        self.changed = False
+        self.shared: dict[bytes, Any] = {}
 
-    def read(self, path: Path) -> tuple[dict[str, Any], list]:
-        """The record as JSON values, without errors of layers, and those packed."""
-        key, state = f"{path.parent.name}/{path.name}", path.stat()
-        entry = self.kept.get(key)
-        if entry is None or entry[:2] != (state.st_mtime_ns, state.st_size):
-            data = json.loads(path.read_bytes())
-            layers = [_packed(data.pop(field, None) or {}) for field in LAYERS]
-            entry = (state.st_mtime_ns, state.st_size, data, layers)
-            if self.file is not None:
-                entry = self._with_shared_parts(entry)
-        self.now[key] = entry
-        return entry[2], entry[3]
-
-    def drop(self, path: Path) -> None:
-        """Forget a file that is no record."""
-        self.now.pop(f"{path.parent.name}/{path.name}", None)
+    def read(self, place: str, file: os.DirEntry) -> tuple[RunRecord, tuple[Packed, ...]]:
+        """The record without errors of layers, and those where they are wanted."""
+        status = file.stat()
+        state = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size)  # all before it is read
+        known, values = self.kept.pop(place, (None, None))
+        self.forgotten -= values is not None
+        layers = self._kept_layers(place, state) if self.wanted else ()
+        if known == state and layers is not None:
+            record = _restored(values)
+        else:
+            record, layers = self._parsed(Path(file).read_bytes())
+            self.changed = True
+        self.now[place] = (state, record, layers)
+        return record, layers
 
     def save(self) -> None:
-        """Keep what was read, if anything is new; a cache that cannot be written is no failure of reading."""
-        if self.file is None or (
-            self.now.keys() == self.kept.keys() and all(self.now[key] is entry for key, entry in self.kept.items())
-        ):
+        """Keep what was read, if anything is new; a cache that cannot be written is no failure of reading.
+
+        Every file is replaced as a whole and every entry has the state of its file, so neither another process that
+        writes at the same time nor one file of the two that is older than the other can do harm.
+        """
+        if self.file is None or not (self.changed or self.forgotten):
             return
+        if not self.wanted:
+            self.kept_layers = self._loaded("layers")
+        layers = {
+            place: (state, packed or self._kept_layers(place, state)) for place, (state, _, packed) in self.now.items()
+        }
         try:
-            write_bytes_atomically(marshal.dumps(self.now), self.file)
+            self._write("records", {place: (state, _values(record)) for place, (state, record, _) in self.now.items()})
+            self._write("layers", {place: entry for place, entry in layers.items() if entry[1] is not None})
         except OSError:
             return
 
-    def _with_shared_parts(self, entry: Entry) -> Entry:
-        """The same entry with equal parts of all records being one object: stored once, loaded once."""
-        changed, size, data, layers = entry
-        data = {sys.intern(key): self._shared(value) for key, value in data.items() if key != "measurements"} | {
-            "measurements": [
-                {sys.intern(key): self._shared(value) for key, value in m.items()} for m in data.get("measurements", [])
-            ]
-        }
+    def _kept_layers(self, place: str, state: State) -> tuple[Packed, ...] | None:
+        known, packed = self.kept_layers.get(place, (None, None))
+        return packed if known == state else None
+
+    def _loaded(self, part: str) -> dict[str, Any]:
+        if self.file is None:
+            return {}
+        try:
+            return marshal.loads(self.file.with_name(f"{self.file.name}-{part}").read_bytes())
+        except (OSError, EOFError, ValueError, TypeError):
+            return {}  # none yet, or torn: it is made again
+
+    def _write(self, part: str, entries: dict[str, Any]) -> None:
+        write_bytes_atomically(marshal.dumps(entries), self.file.with_name(f"{self.file.name}-{part}"))
+
+    def _parsed(self, content: bytes) -> tuple[RunRecord, tuple[Packed, ...]]:
+        """A record with equal parts of all records being one object: stored once, loaded once."""
+        data = json.loads(content)
+        layers = [_packed(data.pop(key, None) or {}) for key in LAYERS]
+        data = {key: self._shared(value) if key != "measurements" else value for key, value in data.items()}
+        data["measurements"] = [
+            {sys.intern(key): self._shared(value) for key, value in m.items()} for m in data.get("measurements", [])
+        ]
         for key in ("config", "environment", "cost"):
             if isinstance(data.get(key), dict):
                 data[key] = {sys.intern(name): self._shared(value) for name, value in data[key].items()}
-        return changed, size, data, [(self._shared(names), values) for names, values in layers]
+        return from_json(data), tuple((self._shared(names), values) for names, values in layers)
 
     def _shared(self, value: Any) -> Any:
         if isinstance(value, str):
             return sys.intern(value)
         if isinstance(value, dict | list | tuple):
-            return self.shared.setdefault(repr(value), value)
+            return self.shared.setdefault(marshal.dumps(value, CANONICAL), value)
         return value
 
 
-def _packed(errors: dict[str, float]) -> tuple[tuple[str, ...], bytes]:
-    return tuple(errors), array("d", errors.values()).tobytes()
+def _values(record: RunRecord) -> dict[str, Any]:
+    """The fields of a record as marshal can keep them."""
+    values = {f.name: getattr(record, f.name) for f in fields(RunRecord)}
+    values["measurements"] = [vars(m) for m in record.measurements]
+    values["failure"] = vars(record.failure) if record.failure else None
+    return values
 
 
-def _unpacked(names: tuple[str, ...], values: bytes) -> dict[str, float]:
-    return dict(zip(names, array("d", values), strict=True))
+def _restored(values: dict[str, Any]) -> RunRecord:
+    """The inverse of `_values`, which it takes over."""
+    values["measurements"] = [_made(Measurement, m) for m in values["measurements"]]
+    values["failure"] = _made(Failure, values["failure"]) if values["failure"] else None
+    return _made(RunRecord, values)
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """An instance that has these fields. A frozen class's constructor would take most of the time of reading."""
+    made = object.__new__(kind)
+    object.__setattr__(made, "__dict__", values)
+    return made
+
+
+def _packed(errors: dict[str, float | None]) -> Packed:
+    values = array("d", [math.nan if error is None else error for error in errors.values()])
+    return tuple(errors), values.tobytes()
 
 
 @contextmanager

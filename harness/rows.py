@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from harness import markup
 from harness.records import RunRecord
 from harness.taxonomy import DENSE, GROUPS, SYSTEMS, Group, placement
 
+_Settings = dict[str, Any]  # dotted name → value
+GROUP_PLACES = {key: place for place, key in enumerate(GROUPS)}
+SYSTEM_PLACES = {name: place for place, name in enumerate(SYSTEMS)}
 LONGEST_TITLE = 32
 MOST_WORDS = 4  # settings in brackets behind a title
 LONGEST_NOTE = 400  # characters of a failure's reason below a table; the CSV file has all
@@ -75,8 +79,10 @@ def describe(record: RunRecord) -> Description:
 
 
 def in_print_order(records: Iterable[RunRecord]) -> list[RunRecord]:
-    """Dense first, then as in the survey; the order of the rows of `block_of`."""
-    return sorted(records, key=_order)
+    """Dense first, then as in the survey, then by settings; the order of the rows of `block_of`."""
+    records = list(records)  # holds them, and so what an id stands for
+    known: dict[tuple, list[tuple]] = {}
+    return sorted(records, key=lambda record: _order(record, known))
 
 
 def name_of(record: RunRecord) -> str:
@@ -107,22 +113,43 @@ def group_of(record: RunRecord) -> Group | None:
     return placement(name_of(record), str(record.card.get("taxonomy", "")))
 
 
-def _order(record: RunRecord) -> tuple:
-    """Dense first; groups and systems as in the survey, others after them by name; bits downwards, sparsity upwards."""
+def _order(record: RunRecord, known: dict[tuple, list[tuple]]) -> tuple:
+    """Dense first; groups and systems as in the survey, others after them by name; bits downwards, sparsity upwards.
+
+    Rows that agree in all of this stand by their settings, upwards: numbers by size, whatever their length.
+    """
     name, group = name_of(record), group_of(record)
-    places = list(GROUPS.values())
-    known = list(SYSTEMS)
     return (
         name != DENSE.name,
-        places.index(group) if group else len(places),
-        known.index(name) if name in SYSTEMS else len(known),
+        GROUP_PLACES[group.key] if group else len(GROUP_PLACES),
+        SYSTEM_PLACES.get(name, len(SYSTEM_PLACES)),
         name,
         -(record.bits if record.bits is not None else -math.inf),
         -(activation_bits(record) or 16),
         -(key_value_bits(record) or 16),
-        str(sparsity_of(record) or ""),
+        _natural(sparsity_of(record)),
+        *(_section_order(name, record.config.get(name), known) for name in ("method", "calibration")),
+        _natural((record.config.get("evaluation") or {}).get("name")),
+        _natural(record.config.get("seed")),
         record.id,
     )
+
+
+def _section_order(name: str, section: Any, known: dict[tuple, list[tuple]]) -> list[tuple]:
+    """Settings of a section to sort by. known: of sections seen before, by id: many records have one and the same."""
+    if (name, id(section)) not in known:
+        settings = _settings(name, section)
+        known[name, id(section)] = [(key, _natural(settings[key])) for key in sorted(settings)]
+    return known[name, id(section)]
+
+
+def _natural(value: Any) -> tuple:
+    """A key by which nothing stands first, then numbers by size, then texts with the numbers in them by size."""
+    if value is None:
+        return (0,)
+    if isinstance(value, int | float):
+        return (1, value)
+    return (2, [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", str(value)))])
 
 
 def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
@@ -131,8 +158,12 @@ def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
     for record in records:
         alike.setdefault((name_of(record), widths(record), str(sparsity_of(record))), []).append(record)
     labels = {}
+    known: dict[tuple, _Settings] = {}
     for same in alike.values():
-        apart = _apart({record.id: _leaves(record) for record in same})
+        if len(same) == 1:
+            labels[same[0].id] = title_of(same[0])
+            continue
+        apart = _apart({record.id: _leaves(record, known) for record in same})
         for record in same:
             words = apart[record.id]
             if len(words) > MOST_WORDS:
@@ -144,10 +175,11 @@ def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
 def _apart(leaves: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Record id → "key=value" of what it has and most of the others have not; a key alone where that is clear."""
     keys = sorted({key for found in leaves.values() for key in found})
-    differing = [key for key in keys if len({str(found.get(key)) for found in leaves.values()}) > 1]
+    counted = {key: Counter([str(found.get(key)) for found in leaves.values()]) for key in keys}
+    differing = [key for key in keys if len(counted[key]) > 1]
     differing = [key for key in differing if not key.endswith("._target_")] or differing
     tails = Counter(key.rpartition(".")[2] for key in differing)
-    usual = {key: Counter(str(found.get(key)) for found in leaves.values()).most_common(1)[0] for key in differing}
+    usual = {key: counted[key].most_common(1)[0] for key in differing}
     words: dict[str, list[str]] = {}
     for record, found in leaves.items():
         words[record] = []
@@ -170,10 +202,22 @@ def title_of(record: RunRecord) -> str:
     return shortened(str(record.card.get("title") or name), LONGEST_TITLE)
 
 
-def _leaves(record: RunRecord) -> dict[str, Any]:
-    """Settings by which two runs of one method may differ: dotted name → value."""
+def _leaves(record: RunRecord, known: dict[tuple, _Settings]) -> _Settings:
+    """Settings by which two runs of one method may differ: dotted name → value. known: sections seen before, by id."""
     evaluation = record.config.get("evaluation") or {}
     found: dict[str, Any] = {"seed": record.config.get("seed"), "evaluation": evaluation.get("name")}
+    sections = ["method", *(["calibration"] if record.card.get("calibrates", True) is True else [])]
+    for name in sections:
+        section = record.config.get(name)
+        if (name, id(section)) not in known:
+            known[name, id(section)] = _settings(name, section)
+        found |= known[name, id(section)]
+    return found
+
+
+def _settings(name: str, section: Any) -> _Settings:
+    """A section of a configuration: dotted name → value."""
+    found: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -185,9 +229,7 @@ def _leaves(record: RunRecord) -> dict[str, Any]:
         else:
             found[prefix] = value
 
-    walk("method", record.config.get("method"))
-    if record.card.get("calibrates", True) is True:
-        walk("calibration", record.config.get("calibration"))
+    walk(name, section)
     return found
 
 
@@ -196,8 +238,11 @@ def sparsity_of(record: RunRecord) -> Any:
     method = record.config.get("method")
     if not isinstance(method, dict):
         return None
-    parts = [part for step in (method, *method.get("steps", [])) for part in (step, step.get("pruner") or {})]
-    return next((part["sparsity"] for part in parts if part.get("sparsity") is not None), None)
+    for step in (method, *method.get("steps", ())):
+        for part in (step, step.get("pruner")):
+            if part and part.get("sparsity") is not None:
+                return part["sparsity"]
+    return None
 
 
 def has_collapsed(record: RunRecord) -> bool:

@@ -47,13 +47,15 @@ class Point:
     record: str = ""
 
 
-def points_of(records: Sequence[RunRecord], metric: str) -> tuple[list[Point], list[Point], str, list[str]]:
+def points_of(
+    records: Sequence[RunRecord], metric: str, on: str | None = None
+) -> tuple[list[Point], list[Point], str, list[str]]:
     """Points of the data types, points of dense models, the protocol they share, and the protocols left out.
 
-    Only one protocol is drawn, the one that most runs have: numbers of two do not compare.
+    Only one protocol is drawn, `on` or the one that most runs have: numbers of two do not compare.
     """
     wanted = [r for r in records if r.status == "finished" and (_is_type(r) or r.card.get("name") == "dense")]
-    found = [(r, m) for r in wanted if (m := r.find(metric)) is not None and m.value is not None]
+    found = [(r, m) for r in wanted if (m := r.find(metric, on)) is not None and m.value is not None]
     if metric != "perplexity":
         found = [(r, m) for r, m in found if r.card.get("name") != "dense"]
     common = Counter(m.on for r, m in found if _is_type(r))

@@ -7,7 +7,6 @@ not measured under the same protocol is refused: two numbers that stand beside e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from harness.errors import ConfigError
 from harness.records import RunRecord
@@ -96,7 +95,7 @@ def merged(sides: Sequence[tuple[str, Block]]) -> Block:
             key = (group, *(cell.value for cell in name))
             own = tuple(_number(notes, block.notes[n - 1]) for n in name[0].notes)
             known = labels[key].notes if key in labels else ()
-            labels[key] = replace(name[0], notes=tuple(dict.fromkeys((*known, *own))))
+            labels[key] = name[0]._replace(notes=tuple(dict.fromkeys((*known, *own))))
             if key not in order:  # after the row that stands before it here
                 order.insert(place + 1, key)
             place = order.index(key)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import atan, comb, cos, erfc, pi, sin, sqrt
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+if TYPE_CHECKING:  # tables use p-values alone: they need not wait for numpy
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 Interval = tuple[float, float]
 
@@ -26,6 +28,8 @@ def block_means(values: ArrayLike, block: int, resamples: int, generator: np.ran
     possible start (Künsch 1989), until they make up N values. The blocks wrap around the end (Politis and
     Romano 1992), so that every value is equally likely to be drawn. A series no longer than a block is one block.
     """
+    import numpy as np
+
     values = np.asarray(values, dtype=np.float64)
     count = len(values)
     if not count:
@@ -39,6 +43,8 @@ def block_means(values: ArrayLike, block: int, resamples: int, generator: np.ran
 
 def percentile_interval(resampled: ArrayLike) -> Interval:
     """The middle 95 % of resampled values."""
+    import numpy as np
+
     low, high = np.quantile(np.asarray(resampled), [0.025, 0.975])
     return float(low), float(high)
 
@@ -54,6 +60,8 @@ def perplexity_interval(
     losses: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
 ) -> Interval:
     """Interval of exp(mean loss). Token losses in nats, in reading order; `block` is one window."""
+    import numpy as np
+
     low, high = mean_interval(losses, block, generator, resamples)
     return float(np.exp(low)), float(np.exp(high))
 
@@ -73,6 +81,8 @@ def paired_perplexity_ratio_interval(
 
 
 def _paired(ours: ArrayLike, theirs: ArrayLike) -> NDArray:
+    import numpy as np
+
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"paired values must match: {ours.shape} and {theirs.shape}")
@@ -107,6 +117,8 @@ def median_interval(values: ArrayLike) -> Interval | None:
     The k-th smallest and k-th largest value enclose the median with probability 1 - 2 P(Binomial(n, 1/2) < k).
     None below 6 values: even the extremes of 5 enclose it with 93.75 % only.
     """
+    import numpy as np
+
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     count = len(ordered)
     below, k = 0.0, 0  # below = P(Binomial(count, 1/2) < k)
@@ -191,6 +203,8 @@ def difference_quantile(values: ArrayLike) -> float | None:
 
     t · √2 · s, with t the 0.975 quantile of Student's distribution for k - 1 degrees of freedom.
     """
+    import numpy as np
+
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return None

@@ -25,6 +25,7 @@ CSV_HEADS = (
     *("sparsity", "status", "failed_stage", "failure_reason", "metric", "value", "low", "high", "unit", "on", "better"),
     *("note", "finished", "record", "baseline"),
 )
+NO_ENDS = ("", "")
 
 
 def to_csv(records: Iterable[RunRecord]) -> str:
@@ -53,8 +54,9 @@ def to_csv(records: Iterable[RunRecord]) -> str:
         source = cells((record.finished, record.id, record.baseline))
         for m in record.measurements:
             value = "" if m.value is None else m.value
-            ends = f"{m.interval[0]},{m.interval[1]}" if m.interval else ","
-            lines.append(f"{run},{word(m.metric)},{value},{ends},{words(m.unit, m.on, m.better, m.note)},{source}")
+            low, high = m.interval or NO_ENDS
+            about = words(m.unit, m.on, m.better, m.note)
+            lines.append(f"{run},{word(m.metric)},{value},{low},{high},{about},{source}")
         if not record.measurements:
             lines.append(f"{run},{cells([None] * 8)},{source}")
     return "\n".join(lines) + "\n"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 from harness import markup
 
@@ -16,8 +17,7 @@ PROSE_WIDTH = 118  # of lines of prose in Markdown, where there is room
 LEAST_WIDTH = 60
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):  # hundreds of thousands are made: a frozen class takes four times as long to fill
     """One value.
 
     interval, half_width: the same 95 % interval as "[19.0–20.6]" and as "±0.80"; Markdown has room for the latter.
@@ -55,12 +55,12 @@ class Block:
     naming: int = 2  # leading columns that say which row it is
     seam: int | None = None  # column before which a table that is too wide is best cut: the first of speed
 
-    @property
+    @cached_property
     def words(self) -> frozenset[int]:
         """Columns of words, set to the left: the first, and those after the naming ones that have no direction."""
         return frozenset(k for k, arrow in enumerate(self.arrows) if k == 0 or (k >= self.naming and not arrow))
 
-    @property
+    @cached_property
     def has_intervals(self) -> bool:
         """Whether any cell has one."""
         return any(cell.interval for row in self.rows for cell in row.cells)
@@ -97,17 +97,18 @@ def _wrapped(text: str, width: int) -> str:
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
     """The rows as one table, or where that is wider than `width` as several that repeat what names a row."""
+    words = block.words
     head = [markup.markdown(text) for text in block.heads]
     body = [[_markdown_cell(cell) for cell in row.cells] for row in block.rows]
     widths = [max(3, *(len(line[k]) for line in [head, *body] if line)) for k in range(len(head))]
 
     def padded(line: list[str], columns: list[int]) -> str:
-        cells = [f" {line[k].ljust(widths[k])}" if k in block.words else line[k].rjust(widths[k]) for k in columns]
+        cells = [f" {line[k].ljust(widths[k])}" if k in words else line[k].rjust(widths[k]) for k in columns]
         return f"|{' |'.join(cells)} |"
 
     tables = []
     for columns in _columns_by_part(widths, block, width):
-        rule = ["-" * (widths[k] + 2) if k in block.words else "-" * widths[k] + ":" for k in columns]
+        rule = ["-" * (widths[k] + 2) if k in words else "-" * widths[k] + ":" for k in columns]
         lines = [padded(head, columns), f"|{'|'.join(rule)}|"]
         for row, line in zip(block.rows, body, strict=True):
             # a heading is wider than its column: padding every row to it would push the numbers off the screen
@@ -141,7 +142,11 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
 def _markdown_cell(cell: Cell) -> str:
     text = markup.markdown(cell.value)
-    value = (f"**{text}**" if cell.bold else text) + _superscript(cell.notes)
+    value = f"**{text}**" if cell.bold else text
+    if cell.notes:
+        value += _superscript(cell.notes)
+    if not (cell.half_width or cell.sign):
+        return value
     return " ".join(filter(None, [value, cell.half_width, cell.sign]))
 
 
@@ -197,8 +202,11 @@ def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
 
 
 def _latex_length(cell: Cell) -> int:
-    words = [cell.value, cell.interval, cell.sign]
-    return len(" ".join(filter(None, words))) + len(",".join(map(str, cell.notes))) // 2
+    spaces = bool(cell.interval) + bool(cell.sign)
+    notes = len(",".join(map(str, cell.notes))) // 2 if cell.notes else 0
+    return (
+        len(cell.value) + len(cell.interval) + len(cell.sign) + (spaces if cell.value else max(0, spaces - 1)) + notes
+    )
 
 
 def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
@@ -230,7 +238,12 @@ def _latex_cell(cell: Cell) -> str:
     value = rf"\textbf{{{text}}}" if cell.bold else text
     notes = f"$^{{{','.join(map(str, cell.notes))}}}$" if cell.notes else ""
     # braces keep a leading bracket from being taken for the option of the \\ before it
-    return " ".join(filter(None, [f"{{{value}}}" + notes, markup.latex(cell.interval), markup.latex(cell.sign)]))
+    parts = [f"{{{value}}}{notes}"]
+    if cell.interval:
+        parts.append(markup.latex(cell.interval))
+    if cell.sign:
+        parts.append(markup.latex(cell.sign))
+    return " ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- HTML

@@ -29,7 +29,7 @@ from harness.curve_plot import learning_curves
 from harness.environment import telling
 from harness.errors import ConfigError
 from harness.noise_floor import read_floors
-from harness.record_index import read_all, without_collector
+from harness.record_index import read_packed, without_collector
 from harness.records import Measurement, RunRecord, write_text_atomically
 from harness.remarks import protocol_lines, remarks_of
 from harness.rows import (
@@ -59,18 +59,17 @@ SHORT |= {"stored_bytes", "compress_seconds"}
 SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
+EMPTY = Cell()
 
 
 @dataclass
 class _Notes:
     """Footnotes in order of first use; the same text has one number."""
 
-    texts: list[str] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
 
     def number(self, text: str) -> int:
-        if text not in self.texts:
-            self.texts.append(text)
-        return self.texts.index(text) + 1
+        return self.numbers.setdefault(text, len(self.numbers) + 1)
 
 
 # ---------------------------------------------------------------------------------------------- what goes together
@@ -83,8 +82,13 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     block, and one that measured a part of what another block measured (a failed run, speed alone) joins it.
     """
     settings: dict[str, dict[frozenset, list[RunRecord]]] = {}
+    known: dict[tuple, str] = {}  # sections that are one object in many records need writing out once
+    records = list(records)  # holds them, and so what an id stands for
     for record in records:
-        settings.setdefault(_setting(record), {}).setdefault(_protocol(record), []).append(record)
+        parts = (record.model, *(id(record.config.get(key)) for key in SETTING), id(record.environment.get("machine")))
+        if parts not in known:
+            known[parts] = _setting(record)
+        settings.setdefault(known[parts], {}).setdefault(_protocol(record), []).append(record)
     blocks = []
     for by_protocol in settings.values():
         kept: dict[frozenset, list[RunRecord]] = {}
@@ -95,6 +99,9 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
                 kept.setdefault(home, []).append(record)
         blocks += map(_one_dense, kept.values())
     return blocks
+
+
+SETTING = ("model", "hardware", "engine", "corpus")
 
 
 def _setting(record: RunRecord) -> str:
@@ -209,11 +216,12 @@ def _block(
     labels = row_labels(records)
     notes = _Notes()
     remarks = partial(remarks_of, beside=records) if footnotes else lambda _: []
-    best, same = _best(records, columns, judge), _same_as_dense(records, columns, judge)
+    found = [[measured(record, column) for column in columns] for record in records]
+    best, same = _best(records, columns, found, judge), _same_as_dense(records, columns, found, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
     rows: list[Row] = []
     previous: Group | None = None
-    for record in records:
+    for record, numbers in zip(records, found, strict=True):
         group = group_of(record)
         if groups and group is not None and group is not previous:
             rows.append(Row(group=f"{group.title} ({group.source})"))
@@ -226,11 +234,15 @@ def _block(
             Cell(widths(record)),
         ]
         if swept:
-            cells.append(Cell("" if sparsity_of(record) is None else str(sparsity_of(record))))
-        cells += [_cell(record, c, (record.id, c.head) in best, (record.id, c.head) in same) for c in columns]
+            sparsity = sparsity_of(record)
+            cells.append(Cell("" if sparsity is None else str(sparsity)))
+        cells += [
+            _cell(number, c, (record.id, c.head) in best, (record.id, c.head) in same)
+            for c, number in zip(columns, numbers, strict=True)
+        ]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
-            cells[gap] = replace(cells[gap], value="failed" if gap else f"{cells[0].value}, failed")
+            cells[gap] = cells[gap]._replace(value="failed" if gap else f"{cells[0].value}, failed")
         if kernels.each:
             cells.append(Cell(kernels.each.get(record.id, "")))
         rows.append(Row(tuple(cells)))
@@ -246,7 +258,7 @@ def _block(
         arrows=(*[""] * (len(heads) - len(columns)), *(arrow_of(c) for c in columns), *([""] if kernels.each else [])),
         rows=tuple(rows),
         signs=tuple(_signs(rows, judge)),
-        notes=tuple(notes.texts),
+        notes=tuple(notes.numbers),
         absent=_absent(records, groups),
         naming=3 if swept else 2,
         seam=next((len(heads) - len(columns) + k for k, c in enumerate(columns) if is_speed(c)), None),
@@ -262,10 +274,9 @@ def _sparsities(records: list[RunRecord]) -> bool:
     return any(sparsity_of(record) is not None for record in records)
 
 
-def _cell(record: RunRecord, column: Column, bold: bool, same: bool) -> Cell:
-    measurement = measured(record, column)
+def _cell(measurement: Measurement | None, column: Column, bold: bool, same: bool) -> Cell:
     if measurement is None:
-        return Cell()
+        return EMPTY
     collapsed = COLLAPSED if "collapsed" in measurement.note else ""
     if measurement.value is None:
         return Cell(sign=collapsed)
@@ -280,37 +291,42 @@ def _cell(record: RunRecord, column: Column, bold: bool, same: bool) -> Cell:
     return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
 
 
-def _same_as_dense(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+_Numbers = Sequence[Measurement | None]  # of one row, for each column
+
+
+def _same_as_dense(
+    records: list[RunRecord], columns: list[Column], found: list[_Numbers], judge: Judge
+) -> set[tuple[str, str]]:
     """Record and head of every number that no test tells from the dense run's."""
-    dense = next((r for r in records if name_of(r) == DENSE.name), None)
+    is_dense = [name_of(record) == DENSE.name for record in records]
+    others = [row for row, dense in zip(zip(records, found, strict=True), is_dense, strict=True) if not dense]
+    dense = next((row for row, dense in zip(zip(records, found, strict=True), is_dense, strict=True) if dense), None)
     same = set()
-    for column in columns:
+    for k, column in enumerate(columns):
         if column.quantity.metric in COMPARED_WITH_DENSE:
-            reference = measured(dense, column) if dense else None
-            arm = (dense, reference) if reference is not None and reference.value is not None else None
-            rows = _arms([r for r in records if name_of(r) != DENSE.name], column)
-            same |= {(id, column.head) for id in judge.same_as_dense(rows, arm)}
+            arm = next(iter(_arms([dense], k)), None) if dense else None
+            same |= {(id, column.head) for id in judge.same_as_dense(_arms(others, k), arm)}
     return same
 
 
-def _arms(records: Iterable[RunRecord], column: Column) -> list[Arm]:
-    """The records that have a number in this column, with it."""
-    return [(r, m) for r in records if (m := measured(r, column)) is not None and m.value is not None]
+def _arms(rows: Iterable[tuple[RunRecord, _Numbers]], k: int) -> list[Arm]:
+    """The rows that have a number in the column at this place, with it."""
+    return [(record, m) for record, numbers in rows if (m := numbers[k]) is not None and m.value is not None]
 
 
-def _best(records: list[RunRecord], columns: list[Column], judge: Judge) -> set[tuple[str, str]]:
+def _best(records: list[RunRecord], columns: list[Column], found: list[_Numbers], judge: Judge) -> set[tuple[str, str]]:
     """Record and head of every best value, and what ties with it, among rows of equal bits and sparsity.
 
     A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
     """
-    rivals: dict[tuple, list[RunRecord]] = {}
-    for record in records:
+    rivals: dict[tuple, list[tuple[RunRecord, _Numbers]]] = {}
+    for record, numbers in zip(records, found, strict=True):
         if name_of(record) != DENSE.name and record.status == "finished" and not has_collapsed(record):
-            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append(record)
+            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append((record, numbers))
     best = set()
     for group in rivals.values():
-        for column in columns:
-            rows = _arms(group, column)
+        for k, column in enumerate(columns):
+            rows = _arms(group, k)
             if len(rows) > 1:
                 ties = _ties(column, rows, judge)
                 best |= {(id, column.head) for id in ties if len(ties) < len(rows)}
@@ -456,16 +472,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         names, options = parse(arguments)
         results = Path(options.get("paths.results", RESULTS))
-        folder, judge = results / "tables", judge_of(results)
+        folder = results / "tables"
         strict = options.get("strict", "false").lower() == "true"
         across = options.get("across")
         if across is not None:
             check_name(across, KINDS, "across")
         with without_collector():
-            records, broken = read_folder(results)
-            records = chosen(records, options)
-            for name in names:
-                print(write_table(table_named(name), records, folder, strict, judge, across))
+            broken = _write_tables(names, options, results, strict, across)
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
@@ -477,6 +490,18 @@ def main(arguments: Sequence[str]) -> int:
     for reason in broken:
         print(f"not read: {reason}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _write_tables(
+    names: Sequence[str], options: dict[str, str], results: Path, strict: bool, across: str | None
+) -> list[str]:
+    """Write and print these tables; return why records could not be read. Nothing else is left in memory."""
+    judge = judge_of(results)
+    records, broken = read_folder(results)
+    records = chosen(records, options)
+    for name in names:
+        print(write_table(table_named(name), records, results / "tables", strict, judge, across))
+    return broken
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -511,8 +536,8 @@ def read_folder(results: Path) -> tuple[list[RunRecord], list[str]]:
     """
     if not results.is_dir():
         raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
-    records, broken = read_all(results, layer_errors=False)
-    return [record for _, record in records], broken
+    reading = read_packed(results)
+    return list(reading.records.values()), reading.broken
 
 
 def chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]:

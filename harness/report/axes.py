@@ -48,9 +48,11 @@ class Axis:
         found = self.find(record)
         if found is None:
             return (self.dense,) * 3 if reference and self.dense is not None else None
-        ends = found.interval or (found.value, found.value)
-        value, *ends = (self.factor * number + self.offset for number in (found.value, *ends))
-        return value, min(ends), max(ends)
+        value = self.factor * found.value + self.offset
+        if not found.interval:
+            return value, value, value
+        low, high = (self.factor * end + self.offset for end in found.interval)
+        return value, min(low, high), max(low, high)
 
 
 PERCENT = 100.0

@@ -9,20 +9,24 @@ import base64
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness import markup, rows, tables
 from harness.command import single_command
 from harness.comparison import Judge
 from harness.curve_plot import LEAST_POINTS
 from harness.errors import ConfigError
-from harness.records import Measurement, RunRecord, read_record
+from harness.record_index import Packed, Reading, read_packed, unpacked
+from harness.records import Measurement, RunRecord
 from harness.report.axes import Axis, axes_of, fronts
 from harness.scaling_plot import METRICS, points_of
 from harness.table_formats import Block, Cell
@@ -30,6 +34,7 @@ from harness.table_formats import Block, Cell
 PUBLISHED = "published"
 DIGITS = 6  # of numbers on the page; records have all
 MOST_STEPS = 100  # of a learning curve
+AT_ONCE = 256  # records whose errors of linears are packed together
 BANDWIDTH = re.compile(r"at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
 
 
@@ -42,6 +47,13 @@ class Shared:
 
     values: list[Any] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
+    workloads: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+
+    def texts(self, *texts: str) -> list[int]:
+        """Where texts that come together stand in `values`."""
+        if texts not in self.workloads:
+            self.workloads[texts] = [self.place(text) for text in texts]
+        return self.workloads[texts]
 
     def place(self, value: Any) -> int:
         """Where the value stands in `values`. One that is no text must live as long as this does."""
@@ -69,6 +81,9 @@ def shown(value: Any) -> Any:
 def rounded(value: float) -> float:
     """DIGITS significant digits."""
     return float(f"{value:.{DIGITS}g}")
+
+
+step = lru_cache(maxsize=4096)(rounded)  # curves share them
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -106,21 +121,16 @@ def read_folders(results: Path) -> Found:
     if not results.is_dir():
         raise ConfigError(f"paths.results={results}: there is no such folder; run `python -m harness` first")
     found = Found(results=results)
-    known = _Known()
     for home in sorted(results.glob("**/records")):
         inside = home.relative_to(results).parts
         if inside[0] == PUBLISHED or "records" in inside[:-1]:
             continue
         folder = "/".join(inside[:-1])
-        for path in sorted(home.glob("*/*.json")):
-            try:
-                record = read_record(path)
-            except ValueError as error:
-                found.broken.append(str(error))
-                continue
-            found.folders.setdefault(folder, []).append(known.slim(record))
-            if record.layer_errors:
-                found.layers[folder, record.id] = known.layers(record)
+        reading = read_packed(home.parent, layers=True)
+        found.broken += reading.broken
+        if reading.records:
+            found.folders[folder] = list(map(_slim, reading.records.values()))
+        found.layers |= {(folder, id): layers for id, layers in _layers(reading)}
     if not found.folders and not found.broken:
         raise ConfigError(
             f"{results} holds no records; run `python -m harness`, or read the published ones with "
@@ -134,47 +144,41 @@ def packed(values: Iterable[float | None]) -> str:
 
     A little-endian 1000 × (12 + log10 value); 0 for less, 65535 for none.
     """
-    numbers = np.array(list(values), dtype=np.float64)  # NaN for None
+    return base64.b64encode(_codes(np.array(list(values), dtype=np.float64)).tobytes()).decode()  # NaN for None
+
+
+def _codes(numbers: NDArray[np.float64]) -> NDArray[np.uint16]:
     codes = np.rint(1000 * (12 + np.log10(np.maximum(numbers, 1e-12)))).clip(0, 65534)
-    return base64.b64encode(np.where(np.isnan(numbers), 65535, codes).astype("<u2").tobytes()).decode()
+    return np.where(np.isnan(numbers), 65535, codes).astype("<u2")
 
 
-@dataclass
-class _Known:
-    """Sections and texts seen before. Ten thousand records say much the same: it is kept in memory once."""
+def _slim(record: RunRecord) -> RunRecord:
+    """The record with thinned curves."""
+    if not record.curves:
+        return record
+    return replace(record, curves={name: _thinned(points) for name, points in record.curves.items()})
 
-    sections: dict[str, Any] = field(default_factory=dict)
 
-    def slim(self, record: RunRecord) -> RunRecord:
-        config = {key: self._once(section) for key, section in record.config.items() if key != "card"}
-        environment = {key: self._once(section) for key, section in record.environment.items()}
-        text = self._text
-        measurements = [
-            Measurement(text(m.metric), m.value, text(m.unit), text(m.on), m.better, m.interval, text(m.note))
-            for m in record.measurements
-        ]
-        return replace(
-            record,
-            config=config,
-            card=self._once(record.card),
-            environment=environment,
-            measurements=measurements,
-            command=self._text(record.command),
-            curves={name: _thinned(points) for name, points in record.curves.items()},
-            layer_errors={},
-            layer_output_errors={},
-        )
+def _layers(reading: Reading) -> Iterator[tuple[str, Layers]]:
+    """Id of each record that has errors of linears, and what the page holds of them."""
+    there = [(place, *both) for place, both in reading.layers.items() if both[0][0]]
+    lists: dict[tuple[str, ...], list[str]] = {}
+    for first in range(0, len(there), AT_ONCE):
+        part = there[first : first + AT_ONCE]
+        doubles = [values for _, weights, outputs in part for values in (weights[1], _in_order(weights[0], outputs))]
+        codes = memoryview(_codes(np.frombuffer(b"".join(doubles))).tobytes())
+        ends = [0, *accumulate(len(values) // 4 for values in doubles)]  # two bytes where a double has eight
+        texts = (base64.b64encode(codes[start:end]).decode() for start, end in pairwise(ends))
+        for place, (names, _), _ in part:
+            yield reading.records[place].id, Layers(lists.setdefault(names, list(names)), next(texts), next(texts))
 
-    def layers(self, record: RunRecord) -> Layers:
-        names = list(record.layer_errors)
-        outputs = [record.layer_output_errors.get(name) for name in names]
-        return Layers(self._once(names), packed(record.layer_errors.values()), packed(outputs))
 
-    def _once(self, section: Any) -> Any:
-        return self.sections.setdefault(repr(section), section)
-
-    def _text(self, text: str) -> str:
-        return self.sections.setdefault(text, text)
+def _in_order(names: tuple[str, ...], packed: Packed) -> bytes:
+    """Packed errors in the order of these names, NaN for one that has none."""
+    if packed[0] == names:
+        return packed[1]
+    errors = unpacked(packed)
+    return array("d", [math.nan if (error := errors.get(name)) is None else error for name in names]).tobytes()
 
 
 def _thinned(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
@@ -202,13 +206,17 @@ def page_data(found: Found, where: str = "") -> dict[str, Any]:
         blocks = sorted(tables.comparable(records), key=len, reverse=True)
         for block in blocks:
             ordered = tables.in_print_order(block)
-            comparisons.append({"folder": folder, **_comparison(ordered, judge, len(runs), shared)})
+            about = [rows.describe(record) for record in ordered]
+            comparisons.append({"folder": folder, **_comparison(ordered, about, judge, len(runs), shared)})
             places |= {record.id: len(runs) + k for k, record in enumerate(ordered)}
-            runs += [_run(record, folder, found.layers.get((folder, record.id)), shared) for record in ordered]
+            runs += [
+                _run(record, described, folder, found.layers.get((folder, record.id)), shared)
+                for record, described in zip(ordered, about, strict=True)
+            ]
         scaling += _scaling(records, folder, places)
     _tell_apart(comparisons)
     return {
-        "comparisons": shown(comparisons),
+        "comparisons": [shown(entry | {"table": None}) | {"table": entry["table"]} for entry in comparisons],
         "runs": runs,
         "scaling": shown(scaling),
         "broken": shown(found.broken),
@@ -217,12 +225,14 @@ def page_data(found: Found, where: str = "") -> dict[str, Any]:
     }
 
 
-def _comparison(records: list[RunRecord], judge: Judge | None, first: int, shared: Shared) -> dict[str, Any]:
-    """One block: its table, axes, non-dominated sets. Runs are numbered from `first`."""
+def _comparison(
+    records: list[RunRecord], about: list[rows.Description], judge: Judge | None, first: int, shared: Shared
+) -> dict[str, Any]:
+    """One block: its table, fit to be shown, axes, non-dominated sets. Runs are numbered from `first`."""
     block = tables.block_of(records, judge)
-    about = {record.id: rows.describe(record) for record in records}
     references, collapsed = (
-        frozenset(id for id, described in about.items() if getattr(described, kind)) for kind in ("dense", "collapsed")
+        frozenset(record.id for record, described in zip(records, about, strict=True) if getattr(described, kind))
+        for kind in ("dense", "collapsed")
     )
     axes = axes_of(records, references)
     return {
@@ -258,25 +268,26 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 def _table(block: Block) -> dict[str, Any]:
     return {
-        "heads": list(block.heads),
+        "heads": shown(block.heads),
         "arrows": list(block.arrows),
         "words": sorted(block.words),
         "rows": [[_cell(cell) for cell in row.cells] for row in block.rows],
-        "signs": list(block.signs),
-        "notes": list(block.notes),
+        "signs": shown(block.signs),
+        "notes": shown(block.notes),
     }
 
 
 def _cell(cell: Cell) -> list[Any]:
     """[value, interval, sign, bold, notes], without what is empty at the end."""
-    parts = [cell.value, cell.interval, cell.sign, int(cell.bold), list(cell.notes)]
+    parts = [plain(cell.value), cell.interval, cell.sign, int(cell.bold), list(cell.notes)]
     while parts and not parts[-1]:
         parts.pop()
     return parts
 
 
-def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) -> dict[str, Any]:
-    about = rows.describe(record)
+def _run(
+    record: RunRecord, about: rows.Description, folder: str, layers: Layers | None, shared: Shared
+) -> dict[str, Any]:
     run: dict[str, Any] = {
         "id": record.id,
         "folder": folder,
@@ -296,15 +307,16 @@ def _run(record: RunRecord, folder: str, layers: Layers | None, shared: Shared) 
         "artifact": str(record.artifact.get("sha256") or ""),
         "paper": str(record.card.get("paper") or ""),
     }
-    run = {key: value for key, value in run.items() if value}
-    run["config"] = {key: shared.place(section) for key, section in record.config.items() if section is not None}
-    run["environment"] = {key: shared.place(section) for key, section in record.environment.items() if section}
+    run = {key: shown(value) for key, value in run.items() if value}
+    config = {key: section for key, section in record.config.items() if key != "card" and section is not None}
+    environment = {key: section for key, section in record.environment.items() if section}
+    run["config"] = {plain(str(key)): shared.place(section) for key, section in config.items()}
+    run["environment"] = {plain(str(key)): shared.place(section) for key, section in environment.items()}
     run |= {"layers": [shared.place(layers.names), layers.weights, layers.outputs]} if layers else {}
-    run = shown(run)
     batches, contexts = _latencies(record)
     parts = {
         "curves": {
-            plain(name): [[rounded(x), rounded(y)] for x, y in points]
+            plain(name): [[step(x), rounded(y)] for x, y in points]
             for name, points in record.curves.items()
             if len(points) >= LEAST_POINTS
         },
@@ -325,10 +337,11 @@ def _alone(record: RunRecord) -> str:
 
 def _measurement(m: Measurement, shared: Shared) -> list[Any]:
     """[metric, on, value, unit, note, low, high], without what is missing at the end; text is a place in `shared`."""
-    texts = [shared.place(text) for text in (m.metric, m.on, m.unit, m.note)]
+    metric, on, unit, note = shared.texts(m.metric, m.on, m.unit, m.note)
     value = None if m.value is None else rounded(m.value)
-    ends = [rounded(end) for end in m.interval] if m.interval else []
-    return [texts[0], texts[1], value, texts[2], texts[3], *ends]
+    if m.interval:
+        return [metric, on, value, unit, note, rounded(m.interval[0]), rounded(m.interval[1])]
+    return [metric, on, value, unit, note]
 
 
 def _environments(records: Iterable[RunRecord], first: int, shared: Shared) -> list[dict[str, Any]]:
@@ -386,15 +399,14 @@ def _scaling(records: Sequence[RunRecord], folder: str, places: dict[str, int]) 
     kept = [r for r in records if r.value("stored_bytes") is not None]
     by_machine: dict[tuple[str, str], list[RunRecord]] = {}
     for record in kept:
-        about = rows.describe(record)
-        by_machine.setdefault((about.hardware, about.machine), []).append(record)
+        by_machine.setdefault((rows.hardware_name(record), rows.machine_in_words(record)), []).append(record)
     for (hardware, machine), of_machine in by_machine.items():
         for metric, label in METRICS.items():
             protocols = dict.fromkeys(m.on for r in of_machine for m in r.measurements if m.metric == metric)
             for protocol in protocols:
                 measured = [r for r in of_machine if r.value(metric, protocol) is not None]
                 try:
-                    types, dense, on, _ = points_of([_only(r, metric, protocol) for r in measured], metric)
+                    types, dense, on, _ = points_of(measured, metric, protocol)
                 except ConfigError:
                     continue  # no data type was measured in this way
                 yield {
@@ -415,8 +427,3 @@ def _scaling(records: Sequence[RunRecord], folder: str, places: dict[str, int]) 
                         for point in points
                     ],
                 }
-
-
-def _only(record: RunRecord, metric: str, on: str) -> RunRecord:
-    """The record without other protocols of this metric."""
-    return replace(record, measurements=[m for m in record.measurements if m.metric != metric or m.on == on])

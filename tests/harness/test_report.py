@@ -6,11 +6,13 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from harness.records import Measurement, write_record
 from harness.report.__main__ import parse
 from harness.report.axes import AXES, LOSS, axes_of, fronts
 from harness.report.data import MOST_STEPS, Found, packed, page_data, read_folders, rounded
-from harness.report.page import json_for_script, page
+from harness.report.page import json_for_script, page, plotting_library
 from harness.scaling_plot import points_of
 from tests.harness.fake_records import LONG, XEON, collapsed, failed, record, sweep, write_all
 
@@ -252,6 +254,16 @@ def test_a_hostile_name_stays_text_and_only_our_scripts_may_run():
     digests = {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in found.scripts[1:]}
     assert set(re.findall(r"sha256-([^']+)", policy)) == digests
     assert "default-src 'none'" in policy
+
+
+def test_the_plotting_library_is_bundled_once_and_is_the_same_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    bundled = []
+    library = SimpleNamespace(__version__="1", javascript_bundle=lambda: bundled.append(1) or "a\r\n'</script'")
+    monkeypatch.setitem(sys.modules, "vl_convert", library)
+    for cache, times in ((tmp_path, 1), (tmp_path, 1), (os.devnull, 2)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        assert plotting_library().endswith("*/\na\r\n'<\\/script'")
+        assert len(bundled) == times
 
 
 def test_json_in_a_script_has_no_tag_and_is_the_same_json():

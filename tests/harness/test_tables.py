@@ -44,6 +44,19 @@ def test_rows_follow_the_survey_with_dense_first_and_bits_downwards():
     assert list(rows_of(block)) == ["Dense", "RTN 4", "RTN 3", "GPTQ 4", "GPTQ 3", "AWQ 4", "AWQ 3"]
 
 
+def test_rows_of_one_method_follow_their_settings_with_numbers_by_size():
+    settings = [
+        {"draft": {"_target_": kind, "layers": layers}, "drafts": drafts}
+        for kind, layers in (("PromptLookup", None), ("TruncatedDraft", 8), ("TruncatedDraft", 16))
+        for drafts in (1, 2, 4, 10)
+    ]
+    runs = [record("gptq", 4, method=method) for method in settings]
+    for given in (runs, runs[::-1], sorted(runs, key=lambda run: run.id)):
+        assert rows.in_print_order(given) == runs
+    sparse = [record("wanda", method={"sparsity": sparsity}) for sparsity in (0.5, 0.75, "2of4", "2of16", "10of20")]
+    assert rows.in_print_order(sparse[::-1]) == sparse
+
+
 def test_every_number_is_the_records_own():
     (block,) = blocks(sweep())
     row = rows_of(block)["GPTQ 4"]
