@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
 .PHONY: help setup demo test test-real test-browser test-all lint format report noise-floor tables
-.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report clean
+.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
@@ -20,6 +20,8 @@ help:
 	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
 	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
 	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
+	@echo "make resolve     does pip find versions for every extra? Downloads nothing but descriptions; needs a registry"
+	@echo "make constraints constraints.txt: the versions in .venv, for pip install --constraint constraints.txt"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
 
@@ -92,6 +94,17 @@ wandb-sync: setup
 
 wandb-report: setup
 	$(RUN) -m harness.wandb_report $(WANDB_OPTIONS)
+
+# every extra by itself: the ranges of one may not admit those of another
+EXTRAS = joblib slurm ray peers vllm wandb dev
+resolve: setup
+	@failed=0; $(foreach extra,$(EXTRAS),echo "[$(extra)]"; $(RUN) -m pip install --dry-run --quiet --ignore-installed \
+		--disable-pip-version-check ".[$(extra)]" || { echo "[$(extra)] does not resolve"; failed=1; };) exit $$failed
+
+constraints: setup
+	{ sed -n '/^#/p' constraints.txt; $(RUN) -m pip list --format=freeze --exclude-editable \
+		| sed -e 's/+cpu$$//' -e '/^triton=/d' -e '/^pip=/d' | sort -f; } > constraints.new
+	mv constraints.new constraints.txt
 
 clean:
 	rm -rf results/scratch

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from harness.models import ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
-CONF = ROOT / "conf"
+CONF = next(folder for folder in (ROOT / "conf", ROOT / "harness" / "conf") if (folder / "config.yaml").is_file())
 DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 STAGE_REPORT = "stage.json"

@@ -49,7 +49,8 @@ def results_of(record: Path) -> Path:
 
 def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     """What a sweep did, what it did not and why, and where to look next."""
-    from harness.tables import RESULTS, terminal_width
+    from harness.options import RESULTS
+    from harness.tables import terminal_width
     from harness.text_table import wrapped
 
     width = min(100, terminal_width())
@@ -66,7 +67,7 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     if not paths:
         return "\n".join(lines)
     results = results_of(paths[0])
-    where = "" if results.resolve() == RESULTS else f" paths.results={results}"
+    where = "" if results.resolve() == RESULTS.resolve() else f" paths.results={results}"
     known = [path for path in paths if path.exists()]
     lines += [
         "",
