@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-browser test-all lint format report noise-floor tables
+.PHONY: help setup demo test test-real test-browser test-launchers test-all lint format report noise-floor tables
 .PHONY: $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
 	@echo "make test-browser  the tests of the report in Chromium"
+	@echo "make test-launchers  sweeps in several processes"
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
@@ -39,13 +40,16 @@ demo: setup
 	$(RUN) -m harness -m method=awq,gptq bits=3,4 model=smollm2-135m-gguf hardware=cpu evaluation=quick
 
 test: setup
-	$(RUN) -m pytest -m "not real_model and not browser"
+	$(RUN) -m pytest -m "not real_model and not browser and not launcher"
 
 test-real: setup
 	$(RUN) -m pytest -m real_model
 
 test-browser: setup
 	$(RUN) -m pytest -m browser
+
+test-launchers: setup
+	$(RUN) -m pytest -m launcher
 
 test-all: setup
 	$(RUN) -m pytest

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import stacks
+from harness import launching, stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
 from harness.redaction import redact
-from harness.run import CONF, Outcome, Paths, make, run
+from harness.run import CONF, Outcome, Paths, describe, make, run
 
 GROUPS = {  # the order in which help lists them
     "method": "how the model is made cheaper",
@@ -68,7 +68,7 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text())
         return
-    problem = check_names(arguments)
+    problem = check_names(arguments) or launching.missing(arguments)
     if not problem:
         try:
             sys.argv[1:] = sweepable(stacks.register(arguments))
@@ -82,6 +82,12 @@ def main() -> None:
     try:
         os.environ["HARNESS_PROCESS"] = str(os.getpid())
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+    except SystemExit:
+        from harness.sweep import close_cut_short, was_cut_short
+
+        if not was_cut_short():
+            raise
+        sys.exit(close_cut_short() or 1)
     except KeyboardInterrupt:
         print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(1)
@@ -174,7 +180,7 @@ def _job(cfg: Any) -> None:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    from harness.sweep import remember
+    from harness.sweep import begin, remember
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -183,6 +189,10 @@ def _job(cfg: Any) -> None:
     try:
         config, paths, force = resolve(cfg)
         tracker = make(config["tracker"], "tracker", {"group": group})
+        if sweeping:
+            begin(config, paths, describe(config), folder)
+            launching.settle()
+            launching.share_devices(hydra_config.launcher._target_, config["hardware"]["device"], folder.parent)
     except (OmegaConfBaseException, ConfigError) as error:
         outcome = Outcome("refused", "configuration", str(error))
     else:

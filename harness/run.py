@@ -179,6 +179,25 @@ def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRec
     return outcome.record
 
 
+def lost(config: dict[str, Any], paths: Paths, reason: str) -> tuple[Path, RunRecord]:
+    """Where the record of a run belongs, and the one to leave there when its process ends without a word."""
+    wanted = identity(config)
+    digest = digest_of(wanted)
+    record = RunRecord(
+        id=digest,
+        status="failed",
+        card=config["card"],
+        model=config["model"]["name"],
+        bits=config["card"].get("bits"),
+        config={key: config[key] for key in ("bits", "sparsity", "seed") if key in config} | _sections(config),
+        environment={"machine": environment.machine(), "versions": environment.versions()},
+        failure=Failure("worker", reason),
+        command=shlex.join(["python", "-m", "harness", *sys.argv[1:]]),
+        started=_now(),
+    )
+    return record_path(wanted, digest, paths), record
+
+
 def build(config: dict[str, Any]) -> Parts:
     """Make every part of the configuration. Raises ConfigError for whatever is wrong with it."""
     hardware = make(config["hardware"], "hardware", {"_target_": "harness.environment.Hardware"})
