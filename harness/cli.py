@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ Compare LLM inference optimizations: one protocol, one record per run.
 
 Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);
 of a method in a stack, with steps.gptq.method.grid.group_size=32.
+A sweep runs on several GPUs with hydra/launcher=parallel, on a cluster with hydra/launcher=slurm (docs/sweeps.md).
 Show the whole configuration with --cfg job, Hydra's own options with --hydra-help.
 """
 
@@ -118,7 +120,7 @@ def one_line(group: str, name: str) -> str:
     return ""
 
 
-def check_names(arguments: list[str]) -> str:
+def check_names(arguments: Sequence[str]) -> str:
     """What is wrong with the names in the overrides, with the valid ones and the nearest; empty when nothing is.
 
     Values that sweep by a function, such as glob(*), are left to Hydra.
@@ -172,6 +174,25 @@ def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool]:
     config["model"].setdefault("name", f"local-{Path(config['model'].get('path') or '').stem}")
     cache = Path(paths["cache"]) if paths["cache"] else default_cache()
     return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force
+
+
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Paths, bool]:
+    """One run's configuration from its overrides, without Hydra's command line; folders, and whether to run again.
+
+    Raises ConfigError for a name or a value that no file knows.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    problem = check_names(overrides)
+    if problem:
+        raise ConfigError(problem)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=[*stacks.register(overrides), "hydra.mode=RUN"])
+        return resolve(cfg)
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
 
 
 def _job(cfg: Any) -> None:

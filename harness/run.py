@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -630,3 +631,26 @@ def _plain(error: BaseException) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Callable(types.ModuleType):
+    """This module: `from harness import run` gives it, and scripts call it."""
+
+    def __call__(self, *overrides: str) -> RunRecord:
+        """One run, said as on the command line: run("method=gptq", "bits=3"); its record.
+
+        A finished record is returned at once. In a script the call belongs below `if __name__ == "__main__":`, because
+        stages run in processes that import the script. Raises ConfigError for what cannot be run, RunError for what
+        failed.
+        """
+        from harness.cli import composed
+
+        outcome = run(*composed(overrides))
+        if outcome.status == "refused":
+            raise ConfigError(outcome.reason)
+        if outcome.status == "failed" or outcome.record is None:
+            raise RunError(f"{outcome.title}: {outcome.reason}")
+        return outcome.record
+
+
+sys.modules[__name__].__class__ = _Callable

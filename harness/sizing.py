@@ -194,8 +194,8 @@ def page() -> str:
         ),
         f"## Compressing block by block\n\n`calibration=standard` ({SAMPLES} windows of {WINDOW} tokens), one "
         "device. Host memory is in 16 bits: `hardware.scoring_dtype=float32` doubles it, and the errors of "
-        "layers, which load the original once more, double it again (without the room the record says that they were not "
-        "measured). The model is scored on one device afterwards: see the next table.",
+        "layers, which load the original once more, double it again (without the room the record says that they were "
+        "not measured). The model is scored on one device afterwards: see the next table.",
         _table(
             ["", *names],
             [
@@ -230,8 +230,8 @@ def page() -> str:
         "engine.tensor_parallel=N` ([engines.md](engines.md)).",
         "## Training\n\nGB of device memory for a student of half of the blocks, trained in float32 against a "
         "teacher in memory (`teacher@method.teacher=in_memory`), batches of 8 × 512 tokens; without the "
-        "activations inside blocks. Where it does not fit, several processes share a student (`accelerate launch`) or the "
-        "teacher's likeliest tokens are kept on disk (`teacher@method.teacher=on_disk`).",
+        "activations inside blocks. Where it does not fit, several processes share a student (`accelerate launch`) or "
+        "the teacher's likeliest tokens are kept on disk (`teacher@method.teacher=on_disk`).",
         _table(
             ["", *names],
             [["student of half of the blocks", *(_gb(_half_student(shape)) for shape in MODELS)]],
