@@ -6,20 +6,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-browser test-all lint format report noise-floor tables
-.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report clean
+.PHONY: help setup demo test test-real test-browser test-launchers test-all lint format report noise-floor tables
+.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
 	@echo "make test-browser  the tests of the report in Chromium"
+	@echo "make test-launchers  sweeps in several processes"
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
 	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
 	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
 	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
+	@echo "make resolve     does pip find versions for every extra? Downloads nothing but descriptions; needs a registry"
+	@echo "make constraints constraints.txt: the versions in .venv, for pip install --constraint constraints.txt"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
 
@@ -37,13 +40,16 @@ demo: setup
 	$(RUN) -m harness -m method=awq,gptq bits=3,4 model=smollm2-135m-gguf hardware=cpu evaluation=quick
 
 test: setup
-	$(RUN) -m pytest -n auto --dist worksteal -m "not real_model and not browser"
+	$(RUN) -m pytest -n auto --dist worksteal -m "not real_model and not browser and not launcher"
 
 test-real: setup
 	$(RUN) -m pytest -m real_model
 
 test-browser: setup
 	$(RUN) -m pytest -m browser
+
+test-launchers: setup
+	$(RUN) -m pytest -m launcher
 
 test-all: setup
 	$(RUN) -m pytest
@@ -92,6 +98,17 @@ wandb-sync: setup
 
 wandb-report: setup
 	$(RUN) -m harness.wandb_report $(WANDB_OPTIONS)
+
+# every extra by itself: the ranges of one may not admit those of another
+EXTRAS = joblib slurm ray peers vllm wandb dev
+resolve: setup
+	@failed=0; $(foreach extra,$(EXTRAS),echo "[$(extra)]"; $(RUN) -m pip install --dry-run --quiet \
+		--disable-pip-version-check ".[$(extra)]" || { echo "[$(extra)] does not resolve"; failed=1; };) exit $$failed
+
+constraints: setup
+	{ sed -n '/^#/p' constraints.txt; $(RUN) -m pip list --format=freeze --exclude-editable \
+		| sed -e 's/+cpu$$//' -e '/^triton=/d' -e '/^pip=/d' | sort -f; } > constraints.new
+	mv constraints.new constraints.txt
 
 clean:
 	rm -rf results/scratch

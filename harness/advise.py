@@ -24,11 +24,11 @@ from harness.comparison import is_dense
 from harness.errors import ConfigError
 from harness.frontier import beaten_by, frontier
 from harness.noise_floor import NoiseFloors, read_floors
+from harness.options import RESULTS
 from harness.records import Better, Measurement, RunRecord
 from harness.rows import describe, in_print_order, machine_in_words, row_labels
 from harness.sanity import break_even_tokens
 from harness.tables import (
-    RESULTS,
     check_name,
     comparable,
     read_folder,

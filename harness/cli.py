@@ -13,14 +13,15 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import stacks
+from harness import launching, stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
 from harness.redaction import redact
-from harness.run import CONF, Outcome, Paths, make, run
+from harness.run import CONF, Outcome, Paths, describe, make, run
 
 GROUPS = {  # the order in which help lists them
     "method": "how the model is made cheaper",
@@ -57,6 +58,7 @@ Compare LLM inference optimizations: one protocol, one record per run.
 
 Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);
 of a method in a stack, with steps.gptq.method.grid.group_size=32.
+A sweep runs on several GPUs with hydra/launcher=parallel, on a cluster with hydra/launcher=slurm (docs/sweeps.md).
 Show the whole configuration with --cfg job, Hydra's own options with --hydra-help.
 """
 
@@ -68,7 +70,7 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text())
         return
-    problem = check_names(arguments)
+    problem = check_names(arguments) or launching.missing(arguments)
     if not problem:
         try:
             sys.argv[1:] = sweepable(stacks.register(arguments))
@@ -82,6 +84,12 @@ def main() -> None:
     try:
         os.environ["HARNESS_PROCESS"] = str(os.getpid())
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+    except SystemExit:
+        from harness.sweep import close_cut_short, was_cut_short
+
+        if not was_cut_short():
+            raise
+        sys.exit(close_cut_short() or 1)
     except KeyboardInterrupt:
         print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(1)
@@ -112,7 +120,7 @@ def one_line(group: str, name: str) -> str:
     return ""
 
 
-def check_names(arguments: list[str]) -> str:
+def check_names(arguments: Sequence[str]) -> str:
     """What is wrong with the names in the overrides, with the valid ones and the nearest; empty when nothing is.
 
     Values that sweep by a function, such as glob(*), are left to Hydra.
@@ -168,13 +176,32 @@ def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool]:
     return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force
 
 
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Paths, bool]:
+    """One run's configuration from its overrides, without Hydra's command line; folders, and whether to run again.
+
+    Raises ConfigError for a name or a value that no file knows.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    problem = check_names(overrides)
+    if problem:
+        raise ConfigError(problem)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=[*stacks.register(overrides), "hydra.mode=RUN"])
+        return resolve(cfg)
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
+
+
 def _job(cfg: Any) -> None:
     """One composed configuration, run to its end. In a sweep the outcome goes to a file, for the summary."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    from harness.sweep import remember
+    from harness.sweep import begin, remember
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -183,6 +210,10 @@ def _job(cfg: Any) -> None:
     try:
         config, paths, force = resolve(cfg)
         tracker = make(config["tracker"], "tracker", {"group": group})
+        if sweeping:
+            begin(config, paths, describe(config), folder)
+            launching.settle()
+            launching.share_devices(hydra_config.launcher._target_, config["hardware"]["device"], folder.parent)
     except (OmegaConfBaseException, ConfigError) as error:
         outcome = Outcome("refused", "configuration", str(error))
     else:

@@ -152,11 +152,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     import tempfile
 
+    from harness.cli import composed
+
     try:
         runs, overrides = _runs(arguments)
-        config, cache = _composed(overrides)
+        config, paths, _ = composed(overrides)
         with tempfile.TemporaryDirectory(prefix="harness-noise-") as folder:
-            floor = measure(config, cache, Path(folder), runs, lambda line: print(line, flush=True))
+            floor = measure(config, paths.cache, Path(folder), runs, lambda line: print(line, flush=True))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -164,7 +166,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {str(error) or 'interrupted'}; no noise floor was kept", file=sys.stderr)
         return 1
     fingerprint, device, threads = floor.key
-    path = cache / FOLDER / f"{fingerprint}-{device}-{threads}.json".replace(":", "_")
+    path = paths.cache / FOLDER / f"{fingerprint}-{device}-{threads}.json".replace(":", "_")
     write_json_atomically(asdict(floor), path)
     print(f"{report(floor)}\nkept: {path}")
     return 0
@@ -181,27 +183,6 @@ def _runs(arguments: Iterable[str]) -> tuple[int, list[str]]:
         else:
             runs = int(value)
     return runs, overrides
-
-
-def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """The configuration that these overrides of a run give, and the cache folder."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    from harness import stacks
-    from harness.cli import check_names, resolve
-    from harness.run import CONF
-
-    problem = check_names(list(overrides))
-    if problem:
-        raise ConfigError(problem)
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=[*stacks.register(list(overrides)), "hydra.mode=RUN"])
-        config, paths, _ = resolve(composed)
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
-    return config, paths.cache
 
 
 if __name__ == "__main__":

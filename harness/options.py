@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.errors import ConfigError
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path("results")  # of the folder that a command is called in, as paths.results in conf/config.yaml
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 
 

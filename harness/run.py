@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from harness.models import ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
-CONF = ROOT / "conf"
+CONF = next(folder for folder in (ROOT / "conf", ROOT / "harness" / "conf") if (folder / "config.yaml").is_file())
 DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 STAGE_REPORT = "stage.json"
@@ -177,6 +178,25 @@ def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRec
     if outcome.record is None or outcome.status not in ("finished", "skipped"):
         raise RunError(f"running {record.id} again failed: {outcome.reason}")
     return outcome.record
+
+
+def lost(config: dict[str, Any], paths: Paths, reason: str) -> tuple[Path, RunRecord]:
+    """Where the record of a run belongs, and the one to leave there when its process ends without a word."""
+    wanted = identity(config)
+    digest = digest_of(wanted)
+    record = RunRecord(
+        id=digest,
+        status="failed",
+        card=config["card"],
+        model=config["model"]["name"],
+        bits=config["card"].get("bits"),
+        config={key: config[key] for key in ("bits", "sparsity", "seed") if key in config} | _sections(config),
+        environment={"machine": environment.machine(), "versions": environment.versions()},
+        failure=Failure("worker", reason),
+        command=shlex.join(["python", "-m", "harness", *sys.argv[1:]]),
+        started=_now(),
+    )
+    return record_path(wanted, digest, paths), record
 
 
 def build(config: dict[str, Any]) -> Parts:
@@ -611,3 +631,26 @@ def _plain(error: BaseException) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Callable(types.ModuleType):
+    """This module: `from harness import run` gives it, and scripts call it."""
+
+    def __call__(self, *overrides: str) -> RunRecord:
+        """One run, said as on the command line: run("method=gptq", "bits=3"); its record.
+
+        A finished record is returned at once. In a script the call belongs below `if __name__ == "__main__":`, because
+        stages run in processes that import the script. Raises ConfigError for what cannot be run, RunError for what
+        failed.
+        """
+        from harness.cli import composed
+
+        outcome = run(*composed(overrides))
+        if outcome.status == "refused":
+            raise ConfigError(outcome.reason)
+        if outcome.status == "failed" or outcome.record is None:
+            raise RunError(f"{outcome.title}: {outcome.reason}")
+        return outcome.record
+
+
+sys.modules[__name__].__class__ = _Callable

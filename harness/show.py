@@ -21,9 +21,10 @@ from harness import markup
 from harness.command import single_command
 from harness.comparison import is_dense
 from harness.errors import ConfigError
+from harness.options import RESULTS
 from harness.records import Measurement, RunRecord, read_record
 from harness.rows import describe, machine_in_words
-from harness.tables import RESULTS, check_name, terminal_width
+from harness.tables import check_name, terminal_width
 from harness.text_table import aligned, wrapped
 from harness.verify import find_record
 

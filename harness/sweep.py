@@ -12,13 +12,16 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from harness import markup
-from harness.records import read_record, write_json_atomically
+from harness import launching, markup
+from harness.errors import ConfigError
+from harness.records import from_json, read_record, to_json, write_json_atomically, write_record
 from harness.redaction import redact
-from harness.run import Outcome
+from harness.run import Outcome, Paths, lost
 
 OUTCOME_FILE = "outcome.json"
 STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}
+STATUSES |= {launching.LOST: "lost with their worker"}
+_begun: list[Path] = []  # the folder of the sweep that this process has begun and not ended
 
 
 def remember(outcome: Outcome, folder: Path) -> None:
@@ -26,6 +29,61 @@ def remember(outcome: Outcome, folder: Path) -> None:
     paths = [str(path) for path in (outcome.baseline, outcome.path) if path is not None]
     entry = {"status": outcome.status, "title": outcome.title, "reason": redact(outcome.reason), "records": paths}
     write_json_atomically(entry, folder / OUTCOME_FILE)
+
+
+def begin(config: dict[str, Any], paths: Paths, title: str, folder: Path) -> None:
+    """Mark the folder of a job: as long as no outcome is written over it, a process works on it or was lost."""
+    try:
+        path, record = lost(config, paths, launching.REASON)
+    except (ConfigError, ValueError):  # the run itself says what is wrong
+        return
+    entry = {"status": launching.LOST, "title": title, "reason": launching.REASON, "records": []}
+    entry |= {**launching.mark_of_this_process(), "path": str(path), "record": to_json(record)}
+    write_json_atomically(entry, folder / OUTCOME_FILE)
+
+
+def was_cut_short() -> bool:
+    """True when the sweep of this process ended without a summary, because its launcher lost a worker."""
+    return bool(_begun)
+
+
+def close_cut_short() -> int:
+    """Wait for the workers that are left, turn those that were lost into failed records, print what there is.
+
+    Returns the exit status.
+    """
+    entries = _entries(_begun[-1])
+    launching.wait_for([entry for entry in entries if entry["status"] == launching.LOST])
+    entries = _entries(_begun[-1])
+    here = launching.mark_of_this_process()["host"]
+    for entry in entries:
+        if entry["status"] != launching.LOST:
+            continue
+        if entry["host"] != here:  # whether that process lives is not known here
+            entry["reason"] = launching.ELSEWHERE
+            continue
+        path = Path(entry["path"])
+        if not path.exists() or read_record(path).status != "finished":
+            write_record(from_json(entry["record"]), path)
+        entry["records"] = [str(path)]
+    print("\nThe sweep was cut short. Jobs that had not begun are not in this list; the same command runs them.")
+    return _close(entries)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{OUTCOME_FILE}"))]
+
+
+def _close(entries: list[dict[str, Any]]) -> int:
+    """Print table and summary of the jobs; the exit status: 1 when a run failed, 2 when every run was refused."""
+    if not entries:
+        return 0
+    paths = [Path(path) for path in dict.fromkeys(path for entry in entries for path in entry["records"])]
+    counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
+    print(f"{table_of(paths, short=True).rstrip()}\n\n{summary(entries, paths)}")
+    if counts["refused"] == len(entries):
+        return 2
+    return int(any(counts[status] for status in ("refused", "failed", launching.LOST)))
 
 
 def table_of(paths: list[Path], short: bool = False) -> str:
@@ -49,14 +107,15 @@ def results_of(record: Path) -> Path:
 
 def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     """What a sweep did, what it did not and why, and where to look next."""
-    from harness.tables import RESULTS, terminal_width
+    from harness.options import RESULTS
+    from harness.tables import terminal_width
     from harness.text_table import wrapped
 
     width = min(100, terminal_width())
     counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
     lines = [f"{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)]
     for entry in entries:
-        if entry["status"] in ("failed", "refused"):
+        if entry["status"] in ("failed", "refused", launching.LOST):
             words = markup.plain(f"{entry['title']}: {entry['status']}: {entry['reason']}")
             lines.append(wrapped(words, width, "    ", "  "))
     skipped = dict.fromkeys(entry["title"] for entry in entries if entry["status"] == "skipped")
@@ -66,7 +125,7 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     if not paths:
         return "\n".join(lines)
     results = results_of(paths[0])
-    where = "" if results.resolve() == RESULTS else f" paths.results={results}"
+    where = "" if results.resolve() == RESULTS.resolve() else f" paths.results={results}"
     known = [path for path in paths if path.exists()]
     lines += [
         "",
@@ -82,16 +141,13 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
 class SweepSummary(Callback):
     """Hydra callback: a sweep's table, what failed and why, and an exit status that tells."""
 
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        """Remember the sweep, in case its launcher ends without an end."""
+        _begun.append(Path(config.hydra.sweep.dir))
+
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""
-        folder = Path(config.hydra.sweep.dir)
-        entries = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{OUTCOME_FILE}"))]
-        if not entries:
-            return
-        paths = [Path(path) for path in dict.fromkeys(path for entry in entries for path in entry["records"])]
-        counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
-        print(f"{table_of(paths, short=True).rstrip()}\n\n{summary(entries, paths)}")
-        if counts["refused"] == len(entries):
-            sys.exit(2)
-        if counts["refused"] or counts["failed"]:
-            sys.exit(1)
+        _begun.clear()
+        status = _close(_entries(Path(config.hydra.sweep.dir)))
+        if status:
+            sys.exit(status)

@@ -29,6 +29,7 @@ from harness.curve_plot import learning_curves
 from harness.environment import telling
 from harness.errors import ConfigError
 from harness.noise_floor import read_floors
+from harness.options import RESULTS
 from harness.record_index import read_packed, without_collector
 from harness.records import Measurement, RunRecord, write_text_atomically
 from harness.remarks import protocol_lines, remarks_of
@@ -50,8 +51,6 @@ from harness.table_csv import to_csv
 from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
 from harness.taxonomy import DENSE, SURVEY, TABLES, Group, Table, table_named
 from harness.wheels import default_cache
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 COMPARED_WITH_DENSE = PROTOCOL_METRICS
 SHORT = {"perplexity", "kl_divergence", "accuracy", "rouge_l", "decoding_speedup", "effective_bits_per_weight"}

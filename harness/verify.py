@@ -21,11 +21,10 @@ from typing import Any
 from harness import environment, markup
 from harness.errors import ConfigError, RunError
 from harness.noise_floor import NoiseFloor, read_floors
+from harness.options import RESULTS
 from harness.records import Measurement, RunRecord, read_record
 from harness.text_table import aligned
 from harness.wheels import default_cache
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 QUALITY_RELATIVE = 1e-4  # scores on one machine repeat but for the order of additions in threads
 QUALITY_ABSOLUTE = 1e-6  # where the value itself is zero: KL of the dense model with itself

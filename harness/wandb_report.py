@@ -60,7 +60,7 @@ options
 Made again, the same report and views are replaced. Runs must be in W&B: tracker.mode=online, or make wandb-sync.
 """
 OPTIONS = ("paths.results", "project", "entity", "title", "model", "spec")
-INSTALL = 'reports need wandb-workspaces: pip install "llm-inference-harness[reports]" (in a checkout: -e ".[reports]")'
+INSTALL = 'reports need wandb-workspaces: pip install "llm-inference-harness[wandb]" (in a checkout: -e ".[wandb]")'
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import ConfigError
+from harness.options import RESULTS
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 HELP = """Write one HTML page from the records: plots, tables, failures, provenance. It needs no network and no server.
 
 usage: python -m harness.report [OPTION=VALUE ...]
