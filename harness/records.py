@@ -6,10 +6,11 @@ A number that was not measured is None in Python, null in JSON and an empty cell
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -174,16 +175,22 @@ def write_text_atomically(text: str, path: Path) -> None:
 def write_bytes_atomically(content: bytes, path: Path) -> None:
     """Write bytes so that `path` is either the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("xb") as file:  # readable as the user's files are: colleagues may share the results folder
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(draft, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it. Only for who may write it."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        draft.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

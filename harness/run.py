@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import environment, sanity, stages
+from harness import claims, environment, sanity, stages
 from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
 from harness.errors import ConfigError, RunError
 from harness.records import (
@@ -32,6 +32,7 @@ from harness.records import (
     RunRecord,
     measurement_from_json,
     read_record,
+    remove_drafts,
     write_json_atomically,
     write_record,
 )
@@ -109,11 +110,9 @@ def run(
         wanted = identity(config)
         digest = digest_of(wanted)
         path = record_path(wanted, digest, paths)
-        if path.exists() and not force:
-            record = read_record(path)
-            if record.status == "finished":
-                baseline = _baseline_path(config, paths) if record.baseline else None
-                return Outcome("skipped", title, "already recorded", record, path, baseline)
+        recorded = None if force else _recorded(config, path, paths)
+        if recorded is not None:
+            return recorded
         stages.warm_up()
         parts = build(config)
         getattr(parts.method, "check_available", lambda: None)()  # another project's library, before weights load
@@ -133,10 +132,15 @@ def run(
             return Outcome("failed", title, f"its dense baseline cannot be a reference: {distrust} ({reference.path})")
         if reference.status == "finished":
             say(f"  {reference.title}: finished, {reference.path}")
-    say(f"{title}: compressing and measuring ({digest})")
     try:
-        record = _measure(config, wanted, digest, parts, paths, reference, force, say)
-        write_record(record, path)
+        with claims.claimed(paths.scratch / "claims" / digest, say, title):
+            recorded = None if force else _recorded(config, path, paths)  # by another sweep that was waited for
+            if recorded is not None:
+                return recorded
+            remove_drafts(path)
+            say(f"{title}: compressing and measuring ({digest})")
+            record = _measure(config, wanted, digest, parts, paths, reference, force, say)
+            write_record(record, path)
     except OSError as error:
         return Outcome("failed", title, f"could not write below {paths.results}: {error.strerror or error}; {_WAY_OUT}")
     if track is not None:
@@ -144,6 +148,17 @@ def run(
     status = "finished" if record.status == "finished" else "failed"
     reason = record.failure.reason if record.failure else ""
     return Outcome(status, title, reason, record, path, reference.path if reference else None)
+
+
+def _recorded(config: dict[str, Any], path: Path, paths: Paths) -> Outcome | None:
+    """The outcome of a run whose finished record is there. Raises ValueError for a file that is no record."""
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.status != "finished":
+        return None
+    baseline = _baseline_path(config, paths) if record.baseline else None
+    return Outcome("skipped", describe(config), "already recorded", record, path, baseline)
 
 
 def _along(config: dict[str, Any], paths: Paths, title: str) -> Outcome:
@@ -364,7 +379,8 @@ def _measure(
     threads = parts.hardware.thread_count
     measurements: list[Measurement] = []
     try:
-        report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
+        with claims.claimed(paths.scratch / "claims" / artifact.name, say, "compress"):  # one model, many evaluations
+            report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record = replace(record, **report.get("layers", {}))
         record.environment.update(report["origin"])
@@ -403,6 +419,8 @@ def _compress(
     if kept.exists():
         say("  compress: already done")
         return json.loads(kept.read_text(encoding="utf-8"))
+    for left in artifact.parent.glob(f"{artifact.name}.*.partial"):  # by a process that was killed: the claim is ours
+        shutil.rmtree(left, ignore_errors=True)
     result = stages.run_stage(
         "compress",
         compress,

@@ -54,6 +54,19 @@ def states(results: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+def quality(results: Path) -> dict[tuple, dict[tuple, tuple]]:
+    """What two sweeps agree on to the last bit: every number of every record but times and the memory of processes."""
+    return {
+        (record.card["name"], record.bits, record.status, record.id, record.artifact.get("sha256")): {
+            (m.metric, m.on): (m.value, m.interval)
+            for m in record.measurements
+            if m.unit not in ("s", "ms", "tokens/s", "requests")
+            and m.metric not in ("peak_memory_bytes", "peak_compress_bytes", "decode_roofline_fraction")
+        }
+        for _, record in read_records(results)
+    }
+
+
 # ------------------------------------------------------------------------------------------------ before anything runs
 
 
@@ -173,6 +186,17 @@ def test_a_second_sweep_only_prints(swept, settings):
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_two_sweeps_at_once_measure_everything_once(swept, settings, tmp_path):
+    arguments = command("-m", "method=rtn", "bits=3,4", *settings, f"paths.results={tmp_path}")
+    sweeps = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = "".join(sweep.communicate(timeout=240)[0] for sweep in sweeps)
+    assert [sweep.returncode for sweep in sweeps] == [0, 0]
+    assert len(re.findall(r"compress: [0-9]+ s", said)) == len(re.findall(r"evaluate: [0-9]+ s", said)) == 3
+    assert "is at it; waiting" in said
+    kept = {key: value for key, value in quality(swept[0]).items() if key[0] in ("dense", "rtn")}
+    assert quality(tmp_path) == kept
 
 
 def test_a_failed_run_is_a_row_and_the_sweep_goes_on(settings, tmp_path):
