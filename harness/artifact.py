@@ -42,6 +42,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     Raises RunError when the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     from methods.blocks import block_linears
 
@@ -72,10 +73,11 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         _put(partial, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # its own type also for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"could not write the compressed model to {folder}: {error.strerror or error}; free space there, or put "
+            f"could not write the compressed model to {folder}: {reason}; free space there, or put "
             "results elsewhere with paths.results=DIR"
         ) from error
     return description

@@ -270,7 +270,7 @@ def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
     time.sleep(6)
     os.killpg(sweep.pid, signal.SIGINT)
     _, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == 1
+    assert sweep.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     for file in (tmp_path / "records").rglob("*"):
