@@ -46,7 +46,7 @@ def read_all(results: Path, layer_errors: bool = True) -> tuple[list[tuple[Path,
                 if layer_errors:
                     data = data | {key: _unpacked(*packed) for key, packed in zip(LAYERS, layers, strict=False)}
                 records.append((path, from_json(data)))
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 index.drop(path)
                 broken.append(f"{path} is not a record this version can read: {error}")
         index.save()
