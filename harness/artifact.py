@@ -171,16 +171,21 @@ def stored_bytes(folder: Path) -> int:
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each stored tensor, read from the headers alone."""
+    """Bytes of each stored tensor, read from the headers alone. Raises RunError for a header that cannot be true."""
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
+        try:
+            with file.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(handle.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    sizes[name] = end - begin
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+            raise RunError(f"{file} is not a readable safetensors file ({error})") from error
     return sizes
 
 

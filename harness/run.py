@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
+LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
 
@@ -618,8 +619,11 @@ def _variant(method: dict[str, Any]) -> list[str]:
 
 
 def _safe(name: str) -> str:
-    """A name that stays inside its folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+    """A name that stays inside its folder, and that every file system can hold: the end of a long one is kept."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in str(name))
+    while len(plain.encode()) > LONGEST_NAME:
+        plain = plain[1:]
+    return plain.lstrip(".") or "_"
 
 
 def _plain(error: BaseException) -> str:
