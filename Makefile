@@ -6,8 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
-.PHONY: help setup demo test test-real test-browser test-launchers test-all lint format report noise-floor tables
-.PHONY: $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
+.PHONY: help setup demo test test-real test-browser test-launchers test-all fuzz lint format report noise-floor
+.PHONY: tables $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-real   the tests on the real model"
 	@echo "make test-browser  the tests of the report in Chromium"
 	@echo "make test-launchers  sweeps in several processes"
+	@echo "make fuzz        torn and hostile records, models, GGUF files, wheels: a minute for each (FUZZ_SECONDS)"
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
@@ -50,6 +51,11 @@ test-browser: setup
 
 test-launchers: setup
 	$(RUN) -m pytest -m launcher
+
+# bounded: about FUZZ_SECONDS for each of the readers
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	HARNESS_FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest tests/harness/test_corrupt_inputs.py -k any
 
 test-all: setup
 	$(RUN) -m pytest

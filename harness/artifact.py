@@ -42,6 +42,7 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     Raises RunError when the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     from methods.blocks import block_linears
 
@@ -72,10 +73,11 @@ def save(lm: LanguageModel, folder: Path) -> dict[str, Any]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         _put(partial, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # its own type also for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"could not write the compressed model to {folder}: {error.strerror or error}; free space there, or put "
+            f"could not write the compressed model to {folder}: {reason}; free space there, or put "
             "results elsewhere with paths.results=DIR"
         ) from error
     return description
@@ -169,16 +171,21 @@ def stored_bytes(folder: Path) -> int:
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each stored tensor, read from the headers alone."""
+    """Bytes of each stored tensor, read from the headers alone. Raises RunError for a header that cannot be true."""
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
+        try:
+            with file.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(handle.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    sizes[name] = end - begin
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+            raise RunError(f"{file} is not a readable safetensors file ({error})") from error
     return sizes
 
 

@@ -3,7 +3,8 @@
 Hydra composes the configuration; help, wrong names and the closing summary of a sweep are ours, because Hydra's are
 not made for someone who mistyped a method's name.
 
-Exit status: 0 all finished or already recorded; 1 something failed; 2 the request itself was wrong.
+Exit status: 0 all finished or already recorded; 1 something failed; 2 the request itself was wrong; 130 ended by
+Ctrl-C, 143 by a scheduler's SIGTERM.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def main() -> None:
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
-    import hydra
-
+    signal.signal(signal.SIGTERM, _terminated)
     try:
+        import hydra
+
         os.environ["HARNESS_PROCESS"] = str(os.getpid())
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
     except SystemExit:
@@ -90,9 +92,16 @@ def main() -> None:
         if not was_cut_short():
             raise
         sys.exit(close_cut_short() or 1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        status = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr, flush=True)
+        sys.exit(status)
+
+
+def _terminated(number: int, _frame: Any) -> None:
+    """A scheduler that takes the machine back is answered as Ctrl-C is: stages are ended, what is finished is kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it more than once
+    raise KeyboardInterrupt(number)
 
 
 def help_text() -> str:
@@ -226,7 +235,11 @@ def _job(cfg: Any) -> None:
         outcome = run(config, paths, force, say=_say, track=track)
     _report(outcome)
     if sweeping:
-        remember(outcome, folder)
+        try:
+            remember(outcome, folder)
+        except OSError as error:  # without it the summary and the exit status would be wrong
+            print(f"could not write to {folder}: {error.strerror}; the sweep ends here", file=sys.stderr, flush=True)
+            sys.exit(1)
         return
     if outcome.status in ("refused", "failed"):
         sys.exit(2 if outcome.status == "refused" else 1)

@@ -6,8 +6,12 @@ and cached.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,15 +21,18 @@ from urllib.parse import urlparse
 from harness import artifact, wheels
 from harness.environment import available_memory_bytes
 from harness.errors import ConfigError, RunError
+from harness.gguf_header import check_gguf
 from harness.records import write_text_atomically
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from harness.method import LanguageModel
 
 HUB_PATIENCE_SECONDS = 3
+IN_A_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
 SIXTEEN_BITS = ("float16", "bfloat16")
 
 
@@ -213,23 +220,19 @@ def _load_folder(
     folder: Path, storage_dtype: str, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> LanguageModel:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     import methods.pruning.uneven  # noqa: F401 registers models of uneven layers with the Auto classes
     from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 
-    try:
+    with _reading(folder, "a model"):
+        _check_config(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         stored = getattr(config.dtype, "itemsize", 2)
         _require_memory(str(folder), artifact.stored_bytes(folder) // stored, device, dtype)
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        module = _all_of_it(folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RunError(f"{folder} could not be read as a model: {error}") from error
     if storage_dtype == "auto":
         own = str(config.dtype).removeprefix("torch.")
         storage_dtype = own if own in SIXTEEN_BITS else "bfloat16"
@@ -253,20 +256,69 @@ def _load_gguf(
 
 def _convert_gguf(file: Path, storage_dtype: str) -> LanguageModel:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 
-    try:
-        module = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    check_gguf(file)
+    with _reading(file, "a GGUF model"):
+        module = _all_of_it(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise RunError(f"{file} could not be read as a GGUF model ({type(error).__name__}: {error})") from error
     # the weights are plain numbers from here on
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
     return LanguageModel(module, tokenizer, TransformersEngine(module), getattr(torch, storage_dtype))
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever libraries raise over a torn or hostile file is one RunError that names it; no memory stays what it is.
+
+    What they raise is their own affair: ZeroDivisionError for no heads, RecursionError for deep JSON, and so on.
+    """
+    import torch
+
+    try:
+        yield
+    except (RunError, ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the sizes that its configuration gives are not those of its weights"
+        raise RunError(f"{path} could not be read as {what} ({reason})") from error
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a configuration that would take hours to find wrong, or that poisons every number."""
+
+    def refuse(constant: str) -> float:
+        if constant == "NaN":
+            raise ValueError("config.json holds NaN")
+        return float(constant)  # infinity is a limit that some architectures have
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    blocks, tensors = config.get("num_hidden_layers"), len(artifact.tensor_bytes(folder))
+    if isinstance(blocks, int) and not 0 <= blocks <= tensors:
+        raise ValueError(f"config.json says {blocks} blocks, and the files hold {tensors} tensors")
+
+
+def _all_of_it(folder: Path, **how: Any) -> nn.Module:
+    """The model in the folder. transformers fills in what a file lacks with random numbers, and leaves out what the
+    configuration does not count: either would give numbers of another model, so both raise ValueError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    module, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    missing = sorted(found["missing_keys"])
+    left_out = sorted(name for name in found["unexpected_keys"] if IN_A_BLOCK.search(name))
+    if missing or left_out:
+        raise ValueError(
+            f"its configuration and its weights are of two models: without weights are {missing[:3] or 'none'}, left "
+            f"out would be {left_out[:3] or 'none'}"
+        )
+    return module
 
 
 def _require_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -> None:

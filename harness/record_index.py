@@ -28,7 +28,7 @@ from harness.records import SCHEMA, Failure, Measurement, RunRecord, from_json, 
 from harness.wheels import default_cache
 
 FEWEST = 300  # records below which parsing takes no longer than the index would
-VERSION = 2  # of what an entry holds
+VERSION = 3  # of what an entry holds
 LAYERS = ("layer_errors", "layer_output_errors")
 CANONICAL = 2  # version of marshal in which equal JSON values have equal bytes
 
@@ -70,7 +70,7 @@ def read_packed(results: Path, layers: bool = False) -> Reading:
         for place, file in files:
             try:
                 reading.records[place], packed = index.read(place, file)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 reading.broken.append(f"{results / 'records' / place} is not a record this version can read: {error}")
                 continue
             if layers:

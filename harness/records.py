@@ -6,11 +6,12 @@ A number that was not measured is None in Python, null in JSON and an empty cell
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,6 @@ from typing import Any, Literal
 from harness.redaction import redacted
 
 SCHEMA = 1
-UMASK = os.umask(0)  # the system tells it only by changing it: once, before any thread
-os.umask(UMASK)
 
 Better = Literal["lower", "higher"]
 
@@ -107,6 +106,18 @@ class RunRecord:
         return places
 
 
+# What makes a record of schema N one of schema N + 1, from its JSON values. Schema 1 is the oldest there is.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+_NUMBERS = frozenset({float, int, type(None)})
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("id", "status", "model", "command", "started", "finished"), str),
+    **dict.fromkeys(("card", "config", "cost", "curves", "layer_errors", "layer_output_errors"), dict),
+    **dict.fromkeys(("environment", "artifact"), dict),
+    **dict.fromkeys(("baseline", "samples"), str | None),
+    "bits": int | float | None,
+}
+
+
 def to_json(record: RunRecord) -> dict[str, Any]:
     """The record as plain JSON values, secrets masked. NaN and infinity are not numbers JSON has: they become null."""
     values = asdict(record)
@@ -117,24 +128,55 @@ def to_json(record: RunRecord) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> RunRecord:
-    """The inverse of `to_json`.
+    """The inverse of `to_json`; a record of an older schema is brought up to this one by `MIGRATIONS`.
 
-    Raises ValueError for a record of another schema, naming both versions.
+    Raises ValueError for a record of another schema, naming both versions, and for values of other types.
     """
-    schema = data.get("schema")
-    if schema != SCHEMA:
-        raise ValueError(f"record has schema {schema}; this version reads schema {SCHEMA}")
+    data = _migrated(data)
     values = dict(data)
     values["measurements"] = [measurement_from_json(m) for m in data.get("measurements", [])]
     values["failure"] = Failure(**data["failure"]) if data.get("failure") else None
-    return RunRecord(**values)
+    record = RunRecord(**values)
+    for name, kind in _KINDS.items():
+        if not isinstance(values.get(name, getattr(record, name)), kind):
+            raise ValueError(f"its {name} is {str(values[name])[:40]!r}")
+    if record.status not in ("finished", "failed"):
+        raise ValueError(f"its status is {record.status[:40]!r}")
+    if not isinstance(record.card.get("name"), str):
+        raise ValueError("its card has no name")
+    return record
+
+
+def _migrated(data: dict[str, Any]) -> dict[str, Any]:
+    schema = data.get("schema")
+    known = isinstance(schema, int) and not isinstance(schema, bool)
+    if known and schema > SCHEMA:
+        raise ValueError(
+            f"record has schema {schema}; this version reads schema {SCHEMA}: read it with the newer version that "
+            "wrote it"
+        )
+    while known and schema < SCHEMA and schema in MIGRATIONS:
+        data = {**MIGRATIONS[schema](data), "schema": schema + 1}
+        schema += 1
+    if not known or schema != SCHEMA:
+        raise ValueError(f"record has schema {schema}; this version reads schema {SCHEMA}")
+    return data
 
 
 def measurement_from_json(data: dict[str, Any]) -> Measurement:
-    """One measurement from its JSON values. An interval with an end that is no number is no interval."""
+    """One measurement from its JSON values. An interval with an end that is no number is no interval.
+
+    Raises ValueError for a value that is no number and a text that is none.
+    """
     interval = data.get("interval")
     known = bool(interval) and None not in interval
     values = {**data, "interval": tuple(interval) if known else None}
+    if not (
+        type(values["metric"]) is type(values["on"]) is type(values["unit"]) is str
+        and type(values["value"]) in _NUMBERS
+        and (not known or (len(interval) == 2 and type(interval[0]) in _NUMBERS and type(interval[1]) in _NUMBERS))
+    ):
+        raise ValueError(f"a measurement of {str(values['metric'])[:40]!r} has values of other types")
     if values.keys() != MEASUREMENT_FIELDS:
         return Measurement(**values)  # fills in what may be missing, and refuses what is unknown
     made = object.__new__(Measurement)  # thousands of records hold hundreds of thousands: a frozen class's constructor
@@ -152,7 +194,7 @@ def read_record(path: Path) -> RunRecord:
     """Read one record. Raises ValueError, naming the file, when it is not a record."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a record this version can read: {error}") from error
 
 
@@ -176,17 +218,22 @@ def write_text_atomically(text: str, path: Path) -> None:
 def write_bytes_atomically(content: bytes, path: Path) -> None:
     """Write bytes so that `path` is either the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o666 & ~UMASK)  # temporary files are their owner's alone; results are to be read
+        with draft.open("xb") as file:  # readable as the user's files are: colleagues may share the results folder
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(draft, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it. Only for who may write it."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        draft.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

