@@ -108,7 +108,7 @@ wandb-report: setup
 # every extra by itself: the ranges of one may not admit those of another
 EXTRAS = joblib slurm ray peers vllm wandb dev
 resolve: setup
-	@failed=0; $(foreach extra,$(EXTRAS),echo "[$(extra)]"; $(RUN) -m pip install --dry-run --quiet \
+	@failed=0; $(foreach extra,$(EXTRAS),echo "[$(extra)]"; $(RUN) -m pip install --dry-run --quiet --no-build-isolation \
 		--disable-pip-version-check ".[$(extra)]" || { echo "[$(extra)] does not resolve"; failed=1; };) exit $$failed
 
 constraints: setup

@@ -121,7 +121,8 @@ def mark_of_this_process() -> dict[str, Any]:
 
 def wait_for(entries: Sequence[dict[str, Any]]) -> None:
     """Return when no process of this machine works on any of the marked jobs."""
-    while any(entry["host"] == socket.gethostname() and _is_alive(entry["process"]) for entry in entries):
+    here = [entry["process"] for entry in entries if entry["host"] == socket.gethostname()]
+    while any(_is_alive(process) for process in here if process != os.getpid()):
         time.sleep(POLL_SECONDS)
 
 

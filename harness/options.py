@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import ConfigError
@@ -34,6 +35,19 @@ def switched_on(options: dict[str, str], key: str, default: bool = False) -> boo
     if word not in YES + NO:
         raise ConfigError(f"{key}={word}: choose true or false")
     return word in YES
+
+
+def print_or_write(page: Callable[[], str], usage: str) -> None:
+    """A command that makes one page: printed, or written to the file that is named; anything else gets the usage."""
+    from harness.records import write_text_atomically
+
+    arguments = sys.argv[1:]
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        print(usage.strip())
+    elif arguments:
+        write_text_atomically(page(), Path(arguments[0]))
+    else:
+        print(page(), end="")
 
 
 def results_folder(options: dict[str, str]) -> Path:

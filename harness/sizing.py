@@ -9,13 +9,11 @@ from docs/gpu.md. The tests hold the formulas against published records.
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from harness.records import write_text_atomically
+from harness.options import print_or_write
 
 GIB = 1 << 30
 SAMPLES, WINDOW = 128, 2048  # calibration=standard
@@ -289,16 +287,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of `python -m harness.sizing`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument.startswith("-") for argument in arguments) or len(arguments) > 1:
-        print(__doc__.strip())
-    elif arguments:
-        write_text_atomically(page(), Path(arguments[0]))
-    else:
-        print(page(), end="")
-
-
 if __name__ == "__main__":
-    main()
+    print_or_write(page, __doc__)

@@ -6,12 +6,9 @@ python -m harness.survey_index FILE       writes it, docs/survey-index.md in a c
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from harness.records import write_text_atomically
+from harness.options import print_or_write
 from harness.taxonomy import SURVEY, TABLES, System
 
 HEAD = f"""# Survey index
@@ -53,16 +50,5 @@ def _entry(system: System) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of `python -m harness.survey_index`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument.startswith("-") for argument in arguments) or len(arguments) > 1:
-        print(__doc__.strip())
-    elif arguments:
-        write_text_atomically(page(), Path(arguments[0]))
-    else:
-        print(page(), end="")
-
-
 if __name__ == "__main__":
-    main()
+    print_or_write(page, __doc__)

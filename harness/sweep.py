@@ -21,7 +21,8 @@ from harness.run import Outcome, Paths, lost
 OUTCOME_FILE = "outcome.json"
 STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}
 STATUSES |= {launching.LOST: "lost with their worker"}
-_begun: list[Path] = []  # the folder of the sweep that this process has begun and not ended
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+_begun: list[Path] = []  # the folder of the sweep whose jobs other processes have begun and not ended
 
 
 def remember(outcome: Outcome, folder: Path) -> None:
@@ -142,8 +143,9 @@ class SweepSummary(Callback):
     """Hydra callback: a sweep's table, what failed and why, and an exit status that tells."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        """Remember the sweep, in case its launcher ends without an end."""
-        _begun.append(Path(config.hydra.sweep.dir))
+        """Remember a sweep in other processes, in case its launcher loses one and does not come to an end."""
+        if config.hydra.launcher._target_ != BASIC:
+            _begun.append(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""
