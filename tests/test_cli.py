@@ -255,6 +255,18 @@ def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
         assert file.is_dir() or json.loads(file.read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_status_says_which_signal_ended_a_sweep(number, status):
+    code = (
+        "import os, sys, hydra, harness.cli as cli; sys.argv[1:] = []\n"
+        f"hydra.main = lambda **_: lambda job: lambda: os.kill(os.getpid(), {int(number)})\n"
+        "cli.main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == status
+    assert answer.stderr.strip() == "interrupted: finished work is kept; the same command goes on from there"
+
+
 def assert_equal_quality(results: Path, undisturbed: Path) -> None:
     """Dense and four bits, and every number to the last bit."""
     found = quality(results)
