@@ -17,7 +17,7 @@ import pytest
 from harness.cli import GROUPS, options
 from harness.records import read_records
 from harness.run import ROOT
-from tests.benchmarks.kill_sweep import killed_at, quality, start
+from tests.benchmarks.kill_sweep import drafts, killed_at, quality, start
 
 SETTINGS = [
     "corpus=generated",
@@ -215,7 +215,7 @@ def test_a_sweep_killed_at_two_moments_leaves_what_an_undisturbed_one_does(swept
     killed_at(arguments, tmp_path, rng.uniform(0, 4), after_first_word=True, whole=True)
     assert killed_at(arguments, tmp_path, 240, after_first_word=False, whole=True) is not None
     assert_equal_quality(tmp_path, swept[0])
-    assert not list(tmp_path.rglob("*.partial"))
+    assert drafts(tmp_path) == []
 
 
 def test_a_killed_stage_ends_with_its_parent(settings, tmp_path):
