@@ -90,13 +90,14 @@ class HubModel:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         offline = set_hub_offline_if_unreachable()
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # nothing to unpickle
         try:
             folder = Path(
                 snapshot_download(
                     self.repository,
                     revision=self.revision,
                     local_files_only=offline,
-                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                    allow_patterns=[*patterns, "*.py"] if self.trust_remote_code else patterns,
                 )
             )
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -137,7 +138,8 @@ class LocalModel:
             digest = wheels.file_sha256(path)
             storage = "float16" if self.storage_dtype == "auto" else self.storage_dtype
             return _load_gguf(path, digest, storage, cache, device, dtype), {"file": path.name, "sha256": digest}
-        files = {file.name: wheels.file_sha256(file) for file in sorted(path.glob("*.safetensors"))}
+        code = path.glob("*.py") if self.trust_remote_code else []  # what runs is part of what was measured
+        files = {file.name: wheels.file_sha256(file) for file in sorted([*path.glob("*.safetensors"), *code])}
         lm = _load_folder(path, self.storage_dtype, device, dtype, self.trust_remote_code)
         return lm, {"folder": path.name, "sha256": files}
 

@@ -230,9 +230,9 @@ def write_bytes_atomically(content: bytes, path: Path) -> None:
         raise
 
 
-def remove_drafts(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` left beside it. Only for who may write it."""
-    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+def remove_drafts(folder: Path, name: str = "*") -> None:
+    """Remove what processes that were killed while they wrote `name` left there. Only for who alone may write it."""
+    for draft in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.partial"):
         draft.unlink(missing_ok=True)
 
 

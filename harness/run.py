@@ -139,7 +139,8 @@ def run(
             recorded = None if force else _recorded(config, path, paths)  # by another sweep that was waited for
             if recorded is not None:
                 return recorded
-            remove_drafts(path)
+            remove_drafts(path.parent, path.name)
+            remove_drafts(paths.scratch / "measurements" / digest)
             say(f"{title}: compressing and measuring ({digest})")
             record = _measure(config, wanted, digest, parts, paths, reference, force, say)
             write_record(record, path)
@@ -442,6 +443,7 @@ def _compress(
         return json.loads(kept.read_text(encoding="utf-8"))
     for left in artifact.parent.glob(f"{artifact.name}.*.partial"):  # by a process that was killed: the claim is ours
         shutil.rmtree(left, ignore_errors=True)
+    remove_drafts(artifact)
     result = stages.run_stage(
         "compress",
         compress,

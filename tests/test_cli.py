@@ -17,7 +17,7 @@ import pytest
 from harness.cli import GROUPS, options
 from harness.records import read_records
 from harness.run import ROOT
-from tests.benchmarks.kill_sweep import killed_at, quality, start
+from tests.benchmarks.kill_sweep import drafts, killed_at, quality, start
 
 SETTINGS = [
     "corpus=generated",
@@ -215,7 +215,7 @@ def test_a_sweep_killed_at_two_moments_leaves_what_an_undisturbed_one_does(swept
     killed_at(arguments, tmp_path, rng.uniform(0, 4), after_first_word=True, whole=True)
     assert killed_at(arguments, tmp_path, 240, after_first_word=False, whole=True) is not None
     assert_equal_quality(tmp_path, swept[0])
-    assert not list(tmp_path.rglob("*.partial"))
+    assert drafts(tmp_path) == []
 
 
 def test_a_killed_stage_ends_with_its_parent(settings, tmp_path):
@@ -253,6 +253,18 @@ def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
     assert "Traceback" not in errors
     for file in (tmp_path / "records").rglob("*"):
         assert file.is_dir() or json.loads(file.read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_status_says_which_signal_ended_a_sweep(number, status):
+    code = (
+        "import os, sys, hydra, harness.cli as cli; sys.argv[1:] = []\n"
+        f"hydra.main = lambda **_: lambda job: lambda: os.kill(os.getpid(), {int(number)})\n"
+        "cli.main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == status
+    assert answer.stderr.strip() == "interrupted: finished work is kept; the same command goes on from there"
 
 
 def assert_equal_quality(results: Path, undisturbed: Path) -> None:

@@ -71,6 +71,21 @@ def test_an_unreachable_hub_is_said_with_the_way_out_and_does_not_block(tmp_path
         HubModel("x", "nobody/nothing").load(tmp_path, *CPU)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_comes_from_the_hub_only_where_it_is_trusted(trusted, tmp_path, monkeypatch):
+    asked = []
+
+    def download(*_, allow_patterns, **__):
+        asked.extend(allow_patterns)
+        raise OSError("far enough")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(RunError):
+        HubModel("x", "nobody/nothing", trust_remote_code=trusted).load(tmp_path, *CPU)
+    assert ("*.py" in asked) is trusted
+    assert not {"*.bin", "*.pt", "*.pth", "*.pkl"} & set(asked)
+
+
 def test_a_model_larger_than_memory_is_refused_with_both_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "available_memory_bytes", lambda: 1000)
     with pytest.raises(RunError, match=r"GiB.*free"):

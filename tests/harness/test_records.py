@@ -16,6 +16,7 @@ from harness.records import (
     from_json,
     read_record,
     read_records,
+    remove_drafts,
     to_json,
     write_json_atomically,
     write_record,
@@ -102,6 +103,19 @@ def test_an_unfinished_write_leaves_the_old_file_and_no_other(tmp_path, monkeypa
         write_record(record("awq", 4), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_drafts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".a[1].json.0f.partial", ".b.json.0f.partial", "a[1].json", ".a1.json.0f.partial"):
+        (tmp_path / name).touch()
+    remove_drafts(tmp_path, "a[1].json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a1.json.0f.partial",
+        ".b.json.0f.partial",
+        "a[1].json",
+    ]
+    remove_drafts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a[1].json"]
 
 
 def test_what_json_cannot_say_leaves_no_file(tmp_path):

@@ -35,6 +35,16 @@ def test_a_disk_that_fills_up_is_a_message_and_leaves_no_record(config, tmp_path
     assert list(read_records(tmp_path / "results")) == []
 
 
+def test_a_disk_too_full_for_a_claim_is_a_message(config, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(run.claims, "_create", full)
+    monkeypatch.setattr(run, "_baseline_needed", lambda *_: False)
+    outcome = run.run(config, paths(tmp_path), say=lambda _: None)
+    assert (outcome.status, "No space left" in outcome.reason) == ("failed", True)
+
+
 def test_a_failed_baseline_is_named_and_nothing_is_compared_with_it(config, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise run.stages.StageFailure("compress", "memory", "out of memory: planted")
