@@ -579,7 +579,6 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly
     width = min(WIDEST, terminal_width())
     try:
         bounds, options = parse(arguments)
@@ -635,4 +634,5 @@ def _usable(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly; of a process that is ours alone
     sys.exit(main(sys.argv[1:]))

@@ -236,7 +236,6 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly
     try:
         name, options = parse(arguments)
         record = read_record(find_record(name, Path(options.get("paths.results", RESULTS))))
@@ -248,4 +247,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly; of a process that is ours alone
     sys.exit(main(sys.argv[1:]))

@@ -467,7 +467,6 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly
     try:
         names, options = parse(arguments)
         results = Path(options.get("paths.results", RESULTS))
@@ -550,4 +549,5 @@ def chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly; of a process that is ours alone
     sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ |= {
@@ -81,3 +82,10 @@ def trained(trained_folder) -> LanguageModel:
 @pytest.fixture
 def bench(generated_corpus, tmp_path) -> Bench:
     return Bench(generated_corpus, torch.Generator().manual_seed(0), tmp_path, NoProgress())
+
+
+@pytest.fixture(autouse=True)
+def broken_pipes_are_errors():
+    """Commands that are called here may have made them deadly, as they should be in a process of their own."""
+    yield
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
