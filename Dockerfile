@@ -1,8 +1,8 @@
-# The harness on NVIDIA GPUs. This file was built nowhere: no machine of this project has Docker. What it installs was
-# tested piece by piece: the wheel (tests/test_packaging.py), torch 2.11 with CUDA on an H100 (docs/gpu.md).
+# The harness on NVIDIA GPUs. This file has not been built yet. What it installs was tested piece by piece: the wheel
+# (tests/test_packaging.py), torch 2.11 with CUDA on an H100 (docs/gpu.md).
 #
 #   docker build -t llm-inference-harness .
-#   docker run --rm --gpus all -v "$PWD/results:/work/results" -v harness-cache:/cache llm-inference-harness \
+#   docker run --rm --gpus all -v "$PWD/results:/home/harness/results" -v harness-cache:/cache llm-inference-harness \
 #       -m method=gptq,awq bits=3,4 hardware=h100
 #
 # Records land in the mounted results folder. Models of the hub and of wheels stay in the volume /cache.
@@ -23,9 +23,9 @@ COPY methods methods
 RUN pip install --no-cache-dir --constraint constraints.txt ".[joblib,slurm]"
 
 # programs that students write run without privileges: so does everything else here
-RUN useradd --create-home harness && mkdir -p /work/results /cache && chown -R harness /work /cache
+RUN useradd --create-home harness && mkdir -p /home/harness/results /cache && chown -R harness /home/harness /cache
 USER harness
 ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
-WORKDIR /work
+WORKDIR /home/harness
 ENTRYPOINT ["harness"]
 CMD ["--help"]
