@@ -52,6 +52,23 @@ def test_lengths_beyond_the_model_are_empty_with_the_reason(tmp_path):
     assert all(m.value is not None for m in found["context_output_token_ms"])
 
 
+def test_what_the_first_request_of_a_length_costs_is_in_no_number(tmp_path):
+    lm, now, seen = language_model(), [0.0], set()
+    generate = lm.engine.generate
+
+    def slow_at_first(prompt, new_tokens):
+        for tokens in generate(prompt, new_tokens):
+            now[0] += 1 if prompt.shape[1] in seen else 100
+            yield tokens
+        seen.add(prompt.shape[1])
+
+    lm.engine.generate = slow_at_first
+    probe = ContextCost([16, 32], 4, clock=lambda: now[0])
+    found = by_metric(probe.measure(lm, context(tmp_path, decoding_dtype="float32")))
+    for metric in ("context_first_token_ms", "context_output_token_ms"):
+        assert [m.value for m in found[metric]] == [1000, 1000]
+
+
 def test_exponents_are_slopes_of_logarithms():
     (found,) = _exponent("x", {n: 3.0 * n**1.5 for n in (1, 2, 64, 128, 256, 512)})
     assert found.value == pytest.approx(1.5)
