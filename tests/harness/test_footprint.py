@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -65,3 +68,17 @@ def test_peak_is_what_the_work_needed_above_what_was_held():
     peak = peak_bytes(work, torch.device("cpu"))
     assert peak == pytest.approx(100 << 20, rel=0.1)
     assert held[0] == 1
+
+
+def test_what_only_a_cycle_holds_is_gone_before_memory_is_measured():
+    """It would otherwise go while the work runs, and hide as much of what that takes."""
+    gc.disable()
+    try:
+        held = type("Held", (), {})()
+        held.itself, known = held, weakref.ref(held)
+        del held
+        assert known() is not None
+        peak_bytes(lambda: None, torch.device("cpu"))
+        assert known() is None
+    finally:
+        gc.enable()
