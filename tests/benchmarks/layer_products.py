@@ -37,9 +37,7 @@ def forms(width: int) -> dict:
         "int4 g128": lambda dense: rounded_linear(dense, IntegerGrid(4, False, min(128, width)), bfloat16),
         "nf4": lambda dense: rounded_linear(dense, CodebookGrid("nf4", 4, 64), bfloat16),
         "int8": lambda dense: rounded_linear(dense, EightBitGrid("int"), bfloat16, InputGrid(8, "int")),
-        "fp8": lambda dense: rounded_linear(
-            dense, EightBitGrid("e4m3"), bfloat16, InputGrid(**TOKEN | {"kind": "e4m3"})
-        ),
+        "fp8": lambda dense: rounded_linear(dense, EightBitGrid("e4m3"), bfloat16, InputGrid(8, "e4m3")),
     }
 
 
