@@ -33,11 +33,11 @@ def forms(width: int) -> dict:
     """Name -> layer made of a dense linear."""
     bfloat16 = torch.bfloat16
     return {
-        "2:4": two_of_four,
         "int4 g128": lambda dense: rounded_linear(dense, IntegerGrid(4, False, min(128, width)), bfloat16),
-        "nf4": lambda dense: rounded_linear(dense, CodebookGrid("nf4", 4, 64), bfloat16),
         "int8": lambda dense: rounded_linear(dense, EightBitGrid("int"), bfloat16, InputGrid(8, "int")),
         "fp8": lambda dense: rounded_linear(dense, EightBitGrid("e4m3"), bfloat16, InputGrid(8, "e4m3")),
+        "nf4": lambda dense: rounded_linear(dense, CodebookGrid("nf4", 4, 64), bfloat16),
+        "2:4": two_of_four,
     }
 
 
