@@ -21,7 +21,7 @@ class Quantity:
     """How one metric is shown: a short head with its unit, and its digits.
 
     every_workload: a column for each `on` found; otherwise the smallest batch, or the first measured, alone.
-    longest: the one with the longest context, which the head names.
+    longest: for each batch size the longest context that a record managed, which the head names.
     """
 
     metric: str
@@ -113,9 +113,7 @@ def columns_of(records: list[RunRecord]) -> list[Column]:
         if not found and quantity.metric == "stored_bytes" and any(r.artifact.get("bytes") for r in records):
             columns.append(Column(quantity, None, quantity.head, "lower"))
         elif found and quantity.longest:
-            on = max((m.on for m in found), key=_context)
-            head = f"{quantity.head} at {_context(on):.0f}"
-            columns.append(Column(quantity, on, head, found[0].better))
+            columns += _longest(quantity, found)
         elif found and quantity.every_workload:
             workloads = sorted(dict.fromkeys(m.on for m in found), key=batch_of)
             heads = _short_names(workloads)
@@ -130,6 +128,17 @@ def columns_of(records: list[RunRecord]) -> list[Column]:
         elif found:
             columns.append(Column(quantity, None, quantity.head, found[0].better))
     return _told_apart([_task_head(column) for column in columns])
+
+
+def _longest(quantity: Quantity, found: list[Measurement]) -> list[Column]:
+    """A column for each batch size, of its longest context with a number."""
+    numbers = [m for m in found if m.value is not None] or found
+    chosen = {batch_of(m.on): m.on for m in sorted(numbers, key=lambda m: (-batch_of(m.on), _context(m.on)))}
+    heads = {batch: f"{quantity.head} b{batch:.0f}" if len(chosen) > 1 else quantity.head for batch in chosen}
+    return [
+        Column(quantity, chosen[batch], f"{heads[batch]} at {_context(chosen[batch]):.0f}", found[0].better)
+        for batch in sorted(chosen)
+    ]
 
 
 def _told_apart(columns: list[Column]) -> list[Column]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "evaluation"]
 EVALUATION_EVERY = 4  # one document in four is evaluated on
+PIECE, OVERLAP, AGREEING = 1_000_000, 2_000, 16  # characters that are tokenized at a time, and shared; equal tokens
 HELD_OUT_PART = 20  # of the calibration text, what is not trained on but looked at meanwhile
 
 
@@ -123,9 +125,68 @@ class Corpus:
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, text: Text, split: Split) -> torch.Tensor:
         import torch
 
-        joined = text.joiner.join(text.documents(split))
-        ids = tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
+        known, ids = self._read.get(split, (None, None))
+        if known is not tokenizer:
+            joined = text.joiner.join(text.documents(split))
+            ids = torch.tensor(token_ids(tokenizer, joined), dtype=torch.long)
+            self._read[split] = tokenizer, ids
+        return ids
+
+    @cached_property
+    def _read(self) -> dict[str, tuple[PreTrainedTokenizerBase | None, torch.Tensor]]:
+        """The tokens of each split, with the tokenizer that made them."""
+        return {}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, piece: int = PIECE) -> list[int]:
+    """The ids of a text, the same as `tokenizer(text)` gives; long ones in pieces, which all cores read at once.
+
+    Neighbouring pieces of `piece` characters share OVERLAP more, and are joined where both end a token after at least
+    AGREEING equal ones: where such a place cannot be found, and where a tokenizer puts marks around a text, it is read
+    whole.
+    """
+
+    def whole() -> list[int]:
+        return tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+
+    if len(text) <= piece + OVERLAP or not tokenizer.is_fast or tokenizer("")["input_ids"]:
+        return whole()
+    starts = range(0, len(text) - OVERLAP, piece)
+    parts = [text[start : start + piece + OVERLAP] for start in starts]
+    read = tokenizer(parts, return_attention_mask=False, return_offsets_mapping=True, verbose=False)
+    pieces = [
+        (ids, _ends(places, start))
+        for start, ids, places in zip(starts, read["input_ids"], read["offset_mapping"], strict=True)
+    ]
+    found, first = [], 0
+    for piece_before, piece_after in pairwise(pieces):
+        joint = _joint(*piece_before, *piece_after)
+        if joint is None:
+            return whole()
+        found += piece_before[0][first : joint[0]]
+        first = joint[1]
+    return found + pieces[-1][0][first:]
+
+
+def _ends(places: list[tuple[int, int]], start: int) -> list[int | None]:
+    """Where in the text each token ends; None for one that shares its characters with the next."""
+    following = [*(begin for begin, _ in places[1:]), None]
+    pairs = zip(places, following, strict=True)
+    return [start + end if begin is None or begin >= end else None for (_, end), begin in pairs]
+
+
+def _joint(
+    here: list[int], ends: list[int | None], there: list[int], next_ends: list[int | None]
+) -> tuple[int, int] | None:
+    """How many tokens of one piece go before, and from which on those of the next follow; None if they never agree."""
+    places = {end: index for index, end in enumerate(ends) if end is not None}
+    for index in range(AGREEING, len(there)):
+        last = places.get(next_ends[index])
+        if next_ends[index] is not None and last is not None:
+            run = slice(last - AGREEING + 1, last + 1)
+            if here[run] == there[index - AGREEING + 1 : index + 1]:
+                return last + 1, index + 1
+    return None
 
 
 def _windows_at_random(

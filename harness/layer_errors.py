@@ -7,6 +7,7 @@ itself. Both numbers are relative energies, ‖error‖² / ‖original‖²: 0 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def layer_errors(compressed: nn.Module, original: nn.Module, tokens: Tensor, sto
 
     def compare(name: str, x: Tensor | None) -> None:
         weight = originals[name].weight.float()
-        kept = dense_weight(layers[name], stored).to(weight.device)  # a model compressed block by block is on the host
+        layer = layers[name]
+        home = next(chain(layer.parameters(), layer.buffers())).device
+        kept = dense_weight(layer.to(weight.device), stored)  # a model compressed block by block is on the host,
+        layer.to(home)  # where decoding its weights would take minutes
         change = _in_units_of_the_original(kept, scales.get(name)) - weight
         weights[name] = _share(change, weight)
         if x is not None:

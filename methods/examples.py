@@ -49,6 +49,7 @@ class Batch:
     tokens: ids [B, T]. attention: [B, T], 1 where a token is read and 0 on padding. weights: [B, T-1] float32, what the
     prediction of tokens[:, 1:] counts; 0 on prompts and padding. rows: [B], numbers of the texts in the data set.
     more: further tensors [B, ...] that a method adds when it rewrites a batch.
+    known_padded: `padded`, where it is known without looking.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class Batch:
     weights: Tensor
     rows: Tensor
     more: dict[str, Tensor] = field(default_factory=dict)
+    known_padded: bool | None = None
 
     @classmethod
     def of_windows(cls, tokens: Tensor, rows: Tensor | None = None) -> Batch:
@@ -93,7 +95,7 @@ class Batch:
     @property
     def padded(self) -> bool:
         """Whether a row is shorter than the batch."""
-        return not bool(self.attention.all())
+        return not bool(self.attention.all()) if self.known_padded is None else self.known_padded
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""

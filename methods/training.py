@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import ConfigError, RunError
+from methods.blocks import decoder_blocks
 from methods.examples import Batch, Data, collated
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 Loss = Callable[[nn.Module, Batch], Tensor]
 Prepare = Callable[[nn.Module, Batch, torch.Generator], Batch]
 SCHEDULES = ("constant", "linear", "cosine")
+COMPILER = "inductor"  # backend of torch.compile
 TINY = torch.finfo(torch.float32).tiny
 ROWS_SHOWN = 8  # texts of a failing batch that a message names
 
@@ -43,6 +47,7 @@ class TrainingSettings:
     maximum_gradient_norm: gradients are clipped to it. checkpoint_steps: steps between checkpoints.
     validation_steps: steps between looks at held-out text, where a method looks at some; 0: at the start and the end.
     mixed_precision: bfloat16 products on GPUs; parameters stay in float32.
+    compile_blocks: compile decoder blocks, which takes a minute or so and pays from some thousand steps on.
     """
 
     steps: int
@@ -58,6 +63,7 @@ class TrainingSettings:
     checkpoint_steps: int = 20
     validation_steps: int = 0
     mixed_precision: bool = False
+    compile_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -101,9 +107,25 @@ def process_rank() -> int:
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Negative log-likelihood of each next token: logits [B, T, V] of the batch -> nats [B, T-1], float32."""
+    if has_kernel(logits):
+        return mixed_token_losses(logits, None, batch, 0.0)
     targets = batch.tokens.roll(-1, 1)  # the last column is left out below: cheaper than a copy of logits[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return losses.view_as(targets)[:, :-1]
+
+
+def has_kernel(logits: Tensor) -> bool:
+    """Whether losses of these logits are computed by `methods.mixed_loss`, which is for GPUs."""
+    return logits.device.type == "cuda" and find_spec("triton") is not None
+
+
+def mixed_token_losses(logits: Tensor, teacher: Tensor | None, batch: Batch, share: float) -> Tensor:
+    """(1 - share) · loss of the next token + share · KL from the teacher: logits [B, T, V] -> nats [B, T-1]."""
+    from methods.mixed_loss import mixed_losses
+
+    targets = batch.tokens.roll(-1, 1)
+    other = None if teacher is None else teacher.flatten(0, 1)
+    return mixed_losses(logits.flatten(0, 1), other, targets.flatten(), share).view_as(targets)[:, :-1]
 
 
 def weighted_mean(values: Tensor, batch: Batch) -> Tensor:
@@ -189,6 +211,19 @@ def train(
     bench.log.tokens += int(trained.tokens_seen) * processes()
 
 
+@contextmanager
+def compiled_blocks(module: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """The decoder blocks of a model compiled as long as this is open. They are alike, so that one is compiled."""
+    blocks = list(decoder_blocks(module)[1]) if wanted else []
+    for block in blocks:
+        block.compile(backend=COMPILER, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None  # what nn.Module.compile sets: a module with it cannot be copied
+
+
 class _Trained(nn.Module):
     """What the Trainer sees: what training changes and nothing else, so that checkpoints hold nothing else.
 
@@ -207,10 +242,11 @@ class _Trained(nn.Module):
         device = parameters[0].device
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long, device=device))
         self._compute = lambda batch: loss(module, batch)  # a closure is no submodule
+        self.padded: bool | None = None  # of the batches of this step: asking a GPU would make it wait
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
         """The loss of a batch."""
-        batch = Batch.from_dict(tensors)
+        batch = replace(Batch.from_dict(tensors), known_padded=self.padded)
         self.tokens_seen += batch.attention.sum()
         return {"loss": self._compute(batch)}
 
@@ -300,7 +336,12 @@ def _trainer(
     device = parameters[0].device
 
     class Loop(Trainer):
-        """Reads the texts in the order that was drawn, and weighs them as `train` says."""
+        """Reads the texts in the order that was drawn, and weighs them as `train` says.
+
+        passes: losses and rows of this step's passes.
+        """
+
+        passes: list[tuple[Tensor, Tensor]]
 
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
@@ -310,8 +351,24 @@ def _trainer(
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
             ]
-            self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=tuple(settings.betas))
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=settings.learning_rate, betas=tuple(settings.betas), fused=device.type == "cuda" or None
+            )
+            self.optimizer.register_step_pre_hook(lambda *_: self.check_losses())
             return self.optimizer
+
+        def check_losses(self) -> None:
+            """Raise RunError for a step whose losses are no numbers: once a step, because asking makes a GPU wait."""
+            passes, self.passes = self.passes, []
+            if bool(torch.stack([loss for loss, _ in passes]).isfinite().all()):
+                return
+            loss, texts = next((loss, texts) for loss, texts in passes if not bool(loss.isfinite()))
+            rows = ", ".join(str(int(row)) for row in texts[:ROWS_SHOWN])
+            kept = _last_checkpoint(bench.scratch / "training")
+            raise RunError(
+                f"{what}: the loss is {float(loss)} at step {self.state.global_step + 1} (texts {rows}); lower "
+                f"training.learning_rate; the last good checkpoint is {Path(kept).name if kept else 'the start'}"
+            )
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             name = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}.get(
@@ -326,7 +383,9 @@ def _trainer(
         def get_batch_samples(self, iterator: Iterator[Any], count: int, device: torch.device) -> tuple[list, Tensor]:
             """The passes of one step, and the sum of their weights over all processes."""
             batches = [dict(batch) for _, batch in zip(range(count), iterator, strict=False)]
+            trained.padded = not all(bool(batch["attention"].all()) for batch in batches)  # still in host memory
             if prepare is not None:
+                trained.padded = None
                 for index, batch in enumerate(batches):
                     drawn = _generator(seed, self.state.global_step, index)
                     with torch.no_grad(), self.accelerator.autocast():  # as the losses are computed
@@ -345,14 +404,7 @@ def _trainer(
         ) -> Tensor:
             """The share of this pass in the loss of the step."""
             loss = model(**inputs)["loss"]
-            if not torch.isfinite(loss):
-                rows = ", ".join(str(int(row)) for row in inputs["rows"][:ROWS_SHOWN])
-                kept = _last_checkpoint(bench.scratch / "training")
-                step = self.state.global_step + 1
-                raise RunError(
-                    f"{what}: the loss is {float(loss.detach())} at step {step} (texts {rows}); lower "
-                    f"training.learning_rate; the last good checkpoint is {Path(kept).name if kept else 'the start'}"
-                )
+            self.passes.append((loss.detach(), inputs["rows"]))
             share = inputs["weights"].sum() / num_items_in_batch.clamp(min=TINY)
             return loss * share * processes()  # gradients of several processes are averaged
 
@@ -382,6 +434,7 @@ def _trainer(
         data_collator=lambda rows: collated(data, rows, 0).as_dict(),
         callbacks=[callback],
     )
+    trainer.passes = []
     trainer.model_accepts_loss_kwargs = True  # compute_loss above weighs every pass itself
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -68,16 +68,33 @@ class CapturedSteps:
         slot.cache.reset()
         step = self._engine.advance(prompt, slot.cache).argmax(-1)
         yield step[:, 0]
-        for _ in range(new_tokens - 1):
+        yield from self._steps(slot, step, new_tokens - 1)
+
+    def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor] | None:
+        """Steps of `rows` sequences whose cache holds `held` tokens of noise; None where they cannot be captured."""
+        slot = self._slot_for(rows, held + new_tokens)
+        if slot is None:
+            return None
+        slot.cache.reset()
+        self._engine.fill_with_noise(slot.cache, rows, held)
+        return self._steps(slot, torch.zeros_like(slot.token), new_tokens)
+
+    def forget(self) -> None:
+        """Give back the memory of the latest shape of request."""
+        self._shape = self._slot = None
+
+    @staticmethod
+    def _steps(slot: _Slot, step: Tensor, count: int) -> Iterator[Tensor]:
+        for _ in range(count):
             slot.token.copy_(step)
             step = slot.step().clone()
             yield step[:, 0]
 
     def _slot_for(self, rows: int, longest: int) -> _Slot | None:
         if self._shape != (rows, longest):
-            self._shape = rows, longest
-            self._slot = None  # the memory of the shape before goes first
+            self.forget()  # the memory of the shape before goes first
             self._slot = self._made(rows, longest)
+            self._shape = rows, longest
         return self._slot
 
     def _made(self, rows: int, longest: int) -> _Slot | None:
@@ -106,6 +123,8 @@ class CapturedSteps:
             return _Slot(cache, token, step)
         try:
             return _Slot(cache, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
+        except torch.OutOfMemoryError:
+            raise  # plain steps would need as much
         except RuntimeError as error:
             self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
             return None

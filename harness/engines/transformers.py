@@ -243,6 +243,48 @@ class TransformersEngine:
         else:
             yield from self._generate(prompt, new_tokens, mask, choose)
 
+    @torch.inference_mode()
+    def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor]:
+        """Decoding steps of `rows` sequences of which the cache holds `held` tokens: one tensor of ids [rows] a step.
+
+        The cache is filled with random numbers, because what a step costs does not depend on what was read; reading it
+        could take minutes.
+        Raises RunError where tokens are cached or decoded in another way than one entry and one step for each.
+        """
+        self._check_length(held + new_tokens)
+        if self.cache is not None or self.decoding is not None:
+            raise RunError("a cache of noise stands for the plain one alone; read the text: read_tokens=null")
+        if self._captures:
+            self._captured = self._captured or CapturedSteps(self, self._compiler)
+            steps = self._captured.generate_after_noise(rows, held, new_tokens)
+            if steps is not None:
+                yield from steps
+                return
+        cache = self.new_cache()
+        self.fill_with_noise(cache, rows, held)
+        step = torch.zeros(rows, 1, dtype=torch.long, device=self.module.device)
+        for _ in range(new_tokens):
+            step = self.advance(step, cache)[:, -1].argmax(-1, keepdim=True)
+            yield step[:, 0]
+
+    @torch.no_grad()
+    def fill_with_noise(self, cache: Cache, rows: int, held: int) -> None:
+        """Put `held` tokens of random keys and values into every layer of an empty cache of plain layers."""
+        shapes = self.new_cache()
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.module.device)
+        self._read(self.module.base_model, token, shapes)
+        for index, layer in enumerate(shapes.layers):
+            pair = [
+                torch.randn(rows, part.shape[1], held, part.shape[-1], dtype=part.dtype, device=part.device)
+                for part in (layer.keys, layer.values)
+            ]
+            cache.update(*pair, index)
+
+    def forget_requests(self) -> None:
+        """Give back what is kept of the latest shape of request: a static cache, a graph."""
+        if self._captured is not None:
+            self._captured.forget()
+
     @property
     def _takes_padding(self) -> bool:
         """Whether rows may start with padding; if not, they are decoded side by side, each with its own cache."""

@@ -32,7 +32,12 @@ BATCH = 4  # texts that a teacher reads at a time
 
 
 class Reference(Protocol):
-    """A teacher that is ready to be compared with."""
+    """A teacher that is ready to be compared with.
+
+    words: how many logits a prediction of `logits(batch)` has; None for a teacher that has no logits to give.
+    """
+
+    words: int | None
 
     def divergence(self, logits: Tensor, batch: Batch, divergence: Divergence) -> Tensor:
         """How far a student's predictions are from the teacher's: logits [B, T, V] of the batch -> [B, T-1], nats."""
@@ -77,9 +82,17 @@ class LiveReference:
 
     def divergence(self, logits: Tensor, batch: Batch, divergence: Divergence) -> Tensor:
         """See Reference."""
-        with torch.no_grad():
-            theirs = logits_of(self.module, batch)
-        return divergence(logits[:, :-1], theirs[:, :-1])
+        return divergence(logits[:, :-1], self.logits(batch)[:, :-1])
+
+    @property
+    def words(self) -> int:
+        """How many logits a prediction has."""
+        return words(self.module)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The teacher's own, [B, T, V]."""
+        return logits_of(self.module, batch)
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,7 @@ class KeptReference:
     folder: Path
     offsets: np.ndarray
     top: int
+    words: None = None  # its logits are not known
 
     def classes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids [B, T-1, top] and log-probabilities [B, T-1, top + 1] of a batch, the last of all other tokens.
@@ -186,6 +200,11 @@ class KeptReference:
             return divergence(with_rest(log_probabilities(logits), ids), theirs)
 
         return by_positions(of_classes, logits[:, :-1], ids, theirs)
+
+
+def words(module: nn.Module) -> int:
+    """How many logits a model's prediction has."""
+    return module.get_output_embeddings().weight.shape[0]
 
 
 def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from methods.distillation.students import Student, settled
 from methods.distillation.teachers import Reference, Teacher, release
 from methods.examples import Texts
-from methods.training import Loss, TrainingSettings, held_out_loss, train
+from methods.training import Loss, TrainingSettings, compiled_blocks, held_out_loss, train
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -34,7 +35,8 @@ def distil(
     made = student.make(base, bench)
     if not teacher.stays:
         release(base)
-    fit(made, texts, loss(reference), training, bench, what)
+    with compiled_blocks(base.module, training.compile_blocks and teacher.stays):
+        fit(made, texts, loss(reference), training, bench, what)
     return settled(made)
 
 
@@ -54,15 +56,21 @@ def fit(
     extra: parameters beside the student's that the loss brings along. more: further arguments of `train`.
     """
     parameters = [*student.module.parameters(), *(extra or [])]
-    train(
-        student.module,
-        parameters,
-        texts.train,
-        loss,
-        training,
-        bench,
-        what,
-        first_step=first_step,
-        validate=lambda: held_out_loss(student.module, texts.held_out),
-        **more,
-    )
+
+    def validate() -> float:
+        with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled for a few texts
+            return held_out_loss(student.module, texts.held_out)
+
+    with compiled_blocks(student.module, training.compile_blocks):
+        train(
+            student.module,
+            parameters,
+            texts.train,
+            loss,
+            training,
+            bench,
+            what,
+            first_step=first_step,
+            validate=validate,
+            **more,
+        )

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from harness.errors import ConfigError
 from methods.distillation.divergences import Divergence
 from methods.distillation.students import Student
-from methods.distillation.teachers import Reference, Teacher
+from methods.distillation.teachers import Reference, Teacher, words
 from methods.distillation.white_box import distil
 from methods.examples import Batch, TextSource
-from methods.training import Loss, TrainingSettings, logits_of, token_losses, weighted_mean
+from methods.training import (
+    Loss,
+    TrainingSettings,
+    has_kernel,
+    logits_of,
+    mixed_token_losses,
+    token_losses,
+    weighted_mean,
+)
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -52,6 +60,14 @@ class WordKD:
 
         def of_batch(module: nn.Module, batch: Batch) -> Tensor:
             logits = logits_of(module, batch)
+            if (
+                self.share
+                and self.divergence == Divergence()
+                and has_kernel(logits)
+                and reference.words == words(module)
+            ):
+                theirs = reference.logits(batch)
+                return weighted_mean(mixed_token_losses(logits, theirs, batch, self.share), batch)
             values = (1 - self.share) * token_losses(logits, batch)
             if self.share:
                 values = values + self.share * reference.divergence(logits, batch, self.divergence)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -167,8 +168,24 @@ class CodebookGrid:
         return blocked.reshape(-1)[: shape.numel()].view(shape)
 
 
+BITSANDBYTES = "packed (bitsandbytes)"
 BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BITSANDBYTES_FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12  # by code
+
+
+def _bitsandbytes_multiplies(device: str, dtype: torch.dtype, columns: int, grid: CodebookGrid) -> bool:
+    """Whether bitsandbytes has a kernel for products with weights of this grid on this platform, and is there.
+
+    It takes 16-bit inputs on CUDA, and blocks that do not cross rows.
+    """
+    return (
+        device == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and grid.kind in ("nf4", "fp4")
+        and grid.group_size in BITSANDBYTES_BLOCKS
+        and columns % grid.group_size == 0
+        and find_spec("bitsandbytes") is not None
+    )
 
 
 @cache
@@ -296,6 +313,9 @@ class CodebookLinear(PackedLinear):
             self.register_buffer("weight_scale", torch.empty(blocks, dtype=self.scale_dtype))
         if kind == "quantile":
             self.register_buffer("weight_book", torch.empty(2**bits, dtype=self.scale_dtype))
+        self.register_buffer("operand", None, persistent=False)
+        self.register_buffer("operand_scale", None, persistent=False)
+        self.register_buffer("operand_book", None, persistent=False)
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -353,6 +373,41 @@ class CodebookLinear(PackedLinear):
     def compressed_tensors_scheme(self) -> None:
         """Its formats hold integers and standard floats only."""
 
+    def decode_operand(self, dtype: torch.dtype) -> bool:
+        """What bitsandbytes multiplies, where it is installed and there is a GPU: the same codes and float32 scales."""
+        device = self.weight_packed.device
+        if self.inputs is not None or not _bitsandbytes_multiplies(device.type, dtype, self.in_features, self.grid):
+            return False
+        tensors = self.bitsandbytes()[1]
+        self.operand = tensors["weight"].contiguous()
+        self.operand_scale = self.scales().scale.flatten().float().contiguous()  # in one level, also of two
+        self.operand_book = tensors["weight.quant_map"].to(device)
+        self.kernel = f"{self.grid.kind} {BITSANDBYTES}"
+        return True
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out] without bias, by bitsandbytes."""
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x.contiguous(), self.operand.t(), self.bitsandbytes_state(x.dtype))
+
+    def bitsandbytes_state(self, dtype: torch.dtype) -> Any:
+        """What bitsandbytes must know about the operand: its QuantState, for products in `dtype`."""
+        from bitsandbytes.functional import QuantState
+
+        return QuantState(
+            self.operand_scale,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.operand_book,
+            blocksize=self.grid.group_size,
+            quant_type=self.grid.kind,
+            dtype=dtype,
+        )
+
+    def drop_operand(self) -> None:
+        """Forget the operand."""
+        self.operand = self.operand_scale = self.operand_book = None
+
     def bitsandbytes(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Its configuration and tensors of the same weights in bitsandbytes; None where it has no such type."""
         if self.grid.kind not in ("nf4", "fp4") or self.grid.group_size not in BITSANDBYTES_BLOCKS:
@@ -360,7 +415,8 @@ class CodebookLinear(PackedLinear):
         nested = self.grid.double_quantization
         table = BITSANDBYTES_FP4 if self.grid.kind == "fp4" else self.grid.book()
         order = (self.grid.book()[:, None] - table[None]).abs().argmin(1)  # ours are ascending
-        codes = order.to(torch.uint8)[self.codes().flatten().long()]
+        codes = self.codes()
+        codes = order.to(codes.device, torch.uint8)[codes.flatten().long()]
         pairs = functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
         state = {
             "quant_type": self.grid.kind,

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from harness.corpus import Corpus, GeneratedText, TextFile, _prose
+from harness.corpus import OVERLAP, Corpus, GeneratedText, TextFile, _prose, token_ids
 from harness.errors import ConfigError, RunError
 from harness.models import byte_tokenizer
 
@@ -114,3 +114,28 @@ def test_markup_becomes_prose(markup, prose):
 def test_lists_tables_headings_and_references_are_not_prose():
     markup = f"== Heading ==\n* {LONG}\n# {LONG}\n{{|\n| {LONG}\n|}}\n== References ==\n{LONG} {LONG}"
     assert list(_prose(markup)) == []
+
+
+@pytest.mark.parametrize("piece", [701, 5_000])
+def test_a_text_in_pieces_gives_the_tokens_of_the_whole(piece):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = GeneratedText(400).documents("calibration")
+    joined = "\n\n".join(text) + "naïve — ‘café’ 漢字 🙂 and so on " * 60 + "\n\n" + " ".join(text[:20])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+    class InPieces:
+        """The tokenizer, which refuses to read a long text at once."""
+
+        is_fast = True
+
+        def __call__(self, read, **options):
+            assert all(len(one) <= piece + OVERLAP for one in ([read] if isinstance(read, str) else read))
+            return fast(read, **options)
+
+    assert token_ids(InPieces(), joined, piece) == fast(joined)["input_ids"]
+    assert len(joined) > 3 * piece

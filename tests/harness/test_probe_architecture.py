@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import context, language_model
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.probes.cache_waste import CacheWaste
 from harness.probes.context import ContextCost, _exponent
 from harness.probes.decoding import DecodingGain
@@ -70,10 +70,52 @@ def test_what_the_first_request_of_a_length_costs_is_in_no_number(tmp_path):
 
 
 def test_exponents_are_slopes_of_logarithms():
-    (found,) = _exponent("x", {n: 3.0 * n**1.5 for n in (1, 2, 64, 128, 256, 512)})
+    (found,) = _exponent("x", {(1, n): 3.0 * n**1.5 for n in (1, 2, 64, 128, 256, 512)})
     assert found.value == pytest.approx(1.5)
     assert found.on == "contexts 128 to 512"
-    assert list(_exponent("x", {8: 1.0})) == []
+    assert list(_exponent("x", {(1, 8): 1.0, (2, 16): 1.0})) == []
+
+
+def test_batches_and_contexts_that_do_not_fit_say_so_with_bytes_that_were_computed(tmp_path, monkeypatch):
+    place = context(tmp_path, decoding_dtype="float32")
+    monkeypatch.setattr("harness.probes.context.MARGIN_BYTES", 0)
+    monkeypatch.setattr("harness.probes.context.free_bytes", lambda device: 500 * BYTES)
+    probe = ContextCost([32, 64, 128], 4, batch_sizes=[1, 2], read_tokens=32)
+    lm = language_model()
+    for steps in ("plain", "captured"):
+        lm.engine = lm.engine.on_hardware(None, steps)
+        found = by_metric(probe.measure(lm, place))
+        tokens, first = found["context_output_token_ms"], found["context_first_token_ms"]
+        assert [m.on.split(", ")[:2] for m in tokens] == [
+            [f"batch {batch}", f"context {length}"] for batch in (1, 2) for length in (32, 64, 128)
+        ]
+        assert [m.value is None for m in tokens] == [False, False, False, False, False, True]
+        assert "does not fit" in tokens[5].note
+        assert "GiB needed" in tokens[5].note
+        assert [m.value is None for m in first] == [False, True, True, True, True, True]
+        assert "not read" in first[1].note
+        held = [m.value for m in found["context_cache_bytes"]]
+        assert held == [32 * BYTES, 64 * BYTES, 128 * BYTES, 64 * BYTES, 128 * BYTES, None]
+        assert "context_peak_exponent" not in found
+
+
+@pytest.mark.parametrize("steps", ["plain", "captured"])
+def test_a_cache_of_noise_holds_what_was_asked_for_and_steps_go_on_from_there(steps):
+    lm = language_model()
+    engine = lm.engine.on_hardware(None, steps)
+    tokens = list(engine.generate_after_noise(3, 20, 5))
+    assert [len(step) for step in tokens] == [3] * 5
+    cache = engine.new_cache()
+    engine.fill_with_noise(cache, 3, 20)
+    assert cache.get_seq_length() == 20
+    assert cache.layers[1].keys.shape == (3, 2, 20, 8)
+    if steps == "captured":
+        assert int(engine._captured._slot.cache.get_seq_length()) == 25
+        engine.forget_requests()
+        assert engine._captured._slot is None
+    sinks = AttentionSinks(2, 30, 16).compress(language_model(), None)
+    with pytest.raises(RunError, match="read_tokens"):
+        next(sinks.engine.generate_after_noise(1, 8, 2))
 
 
 # ------------------------------------------------------------------------------------------------- mixed lengths

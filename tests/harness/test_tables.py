@@ -128,6 +128,19 @@ def test_every_column_holds_one_workload():
             assert column.quantity.metric == "compress_seconds" or len({m.on for m in found}) == 1
 
 
+def test_contexts_have_a_column_for_each_batch_at_the_longest_that_some_row_managed():
+    def at(batch, length, value):
+        on = f"batch {batch}, context {length}, 16 new, bfloat16"
+        return Measurement("context_output_token_ms", value, "ms", on, "lower", note="" if value else "does not fit")
+
+    cells = [at(1, 512, 5.0), at(1, 32768, 9.0), at(64, 512, 11.0), at(64, 32768, None)]
+    wide = replace(record("gptq", 4), measurements=cells)
+    heads = [column.head for column in columns.columns_of([wide])]
+    assert [head for head in heads if "TPOT" in head] == ["TPOT ms b1 at 32768", "TPOT ms b64 at 512"]
+    one = replace(record("gptq", 4), measurements=cells[:2])
+    assert [head for head in (c.head for c in columns.columns_of([one])) if "TPOT" in head] == ["TPOT ms at 32768"]
+
+
 def test_a_run_of_speed_alone_joins_the_block_of_the_same_workload():
     speed = record("awq", 4, evaluation="speed")
     speed = replace(speed, measurements=[m for m in speed.measurements if m.metric.startswith(("time", "decode"))])

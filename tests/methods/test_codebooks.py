@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from harness.errors import ConfigError
+from methods.quantization import codebooks
 from methods.quantization.codebooks import CodebookGrid, fixed_book
 from methods.quantization.linear import pack_linear
 
@@ -182,3 +183,41 @@ def test_with_powers_of_two_every_four_bit_value_is_an_eight_bit_float():
     free = CodebookGrid("float", 4, 32)
     values = free.round(WEIGHT, free.fit(WEIGHT, torch.float16))
     assert not torch.equal(values.to(torch.float8_e5m2).float(), values)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_multiplies_the_same_weights(kind, double, monkeypatch):
+    """On a GPU with its own kernel; elsewhere the layer is told that there is one, and bitsandbytes decodes."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="extra `peers`: pip install bitsandbytes")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(codebooks, "_bitsandbytes_multiplies", lambda *_: True)
+    grid, linear = CodebookGrid(kind, 4, 64, double_quantization=double), nn.Linear(128, 48, bias=True)
+    linear.weight.data = torch.randn(48, 128, generator=GENERATOR)
+    scales = grid.fit(linear.weight.data, torch.float16)
+    layer = pack_linear(linear, grid.encode(linear.weight.data, scales), scales, grid).to(device)
+    dense, bias = layer.dequantise(), linear.bias.detach().half().float()
+    layer.prepare("decoding", torch.bfloat16)
+    assert layer.kernel == f"{kind} packed (bitsandbytes)"
+    assert layer.weight_packed is None
+    decoded = functional.dequantize_4bit(layer.operand, layer.bitsandbytes_state(torch.float32))
+    torch.testing.assert_close(decoded, dense, rtol=1e-6, atol=1e-7)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 128, generator=GENERATOR).to(device, torch.bfloat16)
+        expected = x.double() @ dense.double().t() + bias.to(device).double()
+        found = layer(x).double()
+        assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_bitsandbytes_is_asked_on_a_gpu_alone_and_for_what_it_has():
+    nf4 = CodebookGrid("nf4", 4, 64)
+
+    def asked(device="cuda", dtype=torch.bfloat16, columns=128, grid=nf4):
+        return codebooks._bitsandbytes_multiplies(device, dtype, columns, grid)
+
+    assert asked() == (codebooks.find_spec("bitsandbytes") is not None)
+    assert not asked("cpu")
+    assert not asked(dtype=torch.float32)
+    assert not asked(columns=96)
+    assert not asked(grid=CodebookGrid("quantile", 4, 64))
+    assert not asked(grid=CodebookGrid("nf4", 4, 48))

@@ -265,3 +265,19 @@ def test_a_kept_zero_is_kept_and_a_removed_weight_stays_away():
     layer = SparseLinear.from_mask(linear, weight, removed, "0.25", torch.float16)
     assert layer.kept == 6
     assert torch.equal(layer.removed(), removed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 products are for GPUs")
+def test_a_gpu_multiplies_two_of_four_without_the_zeros():
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, 96, bias=True)
+    weight = torch.randn(96, 256, generator=generator)
+    removed = lowest(weight.abs(), Pattern.parse("2:4"), "row")
+    layer = SparseLinear.from_mask(linear, weight, removed, "2:4", torch.bfloat16).cuda()
+    dense, bias = layer.dequantise(torch.float64), linear.bias.detach().bfloat16().double().cuda()
+    layer.prepare("decoding", torch.bfloat16)
+    assert "2:4 sparse" in layer.kernel
+    for rows in (1, 3, 40, 500):
+        x = torch.randn(rows, 256, generator=generator).cuda().bfloat16()
+        expected = x.double() @ dense.t() + bias
+        assert float((layer(x).double() - expected).norm() / expected.norm()) < 1e-2

@@ -21,6 +21,7 @@ from harness.progress import NoProgress
 from methods.examples import Batch, Example
 from methods.training import (
     TrainingSettings,
+    compiled_blocks,
     held_out_loss,
     language_modeling_loss,
     logits_of,
@@ -105,6 +106,32 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
             bench(tmp_path),
             "test",
         )
+
+
+def test_compiled_blocks_learn_the_same_and_are_plain_again_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr("methods.training.COMPILER", "aot_eager")  # inductor would take a minute
+    plain, compiled = (tiny_model("llama") for _ in range(2))
+    settings = TrainingSettings(steps=3, learning_rate=1e-3, batch_size=2)
+    _, log = trained(tmp_path / "plain", settings, plain)
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    with compiled_blocks(compiled):
+        _, again = trained(tmp_path / "compiled", settings, compiled)
+    assert counted["stats"]["unique_graphs"] == 2  # its first block reads what needs no gradient
+    assert log.curves["training loss"] == pytest.approx(again.curves["training loss"], rel=1e-5)
+    assert all(block._compiled_call_impl is None for block in compiled.model.layers)
+
+
+def test_losses_through_the_kernel_are_the_plain_ones(monkeypatch):
+    pytest.importorskip("triton", reason="the kernel is written in Triton")
+    batch = Batch.of_examples([Example([5, 6], [7, 8, 9]), Example([3], [4])])
+    plain = [tiny_model("llama") for _ in range(2)]
+    for module, kernel in zip(plain, (False, True), strict=True):
+        monkeypatch.setattr("methods.training.has_kernel", lambda logits, kernel=kernel: kernel)
+        module.requires_grad_(True)
+        language_modeling_loss(module, batch).backward()
+    for (name, one), other in zip(plain[0].named_parameters(), plain[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 SCRIPT = """

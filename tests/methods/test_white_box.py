@@ -43,6 +43,23 @@ class Opened:
         self.module = module
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_both_parts_in_one_kernel_are_the_two_parts(share, monkeypatch):
+    pytest.importorskip("triton", reason="the kernel is written in Triton")
+    teacher, student = tiny_model("llama"), tiny_model("llama", seed=1)
+    student.requires_grad_(True)
+    batch = Batch.of_examples(examples())
+    loss = WordKD(ALL, InMemory(), SOURCE, FORWARD, SETTINGS, share).loss(LiveReference(teacher))
+    found = []
+    for kernel in (False, True):
+        for place in ("methods.training", "methods.distillation.word_kd"):
+            monkeypatch.setattr(f"{place}.has_kernel", lambda logits, kernel=kernel: kernel)
+        value = loss(student, batch)
+        found.append((value.detach(), torch.autograd.grad(value, student.lm_head.weight)[0]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------ kept teachers
 
 
