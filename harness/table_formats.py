@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 from harness import markup
@@ -74,25 +74,36 @@ def to_markdown(title: str, blocks: Sequence[Block], absent: str = "", width: in
 
     width: characters that a line of a table may have, if its columns allow.
     """
-    wrapped = partial(_wrapped, width=min(PROSE_WIDTH, max(width, LEAST_WIDTH)))
-    parts = [f"## {markup.markdown(title)}"] if title else []
-    for block in blocks:
-        parts.append(f"### {markup.markdown(block.title)}")
-        parts.append("\n".join(wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
-        parts += _markdown_tables(block, width)
-        signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
-        below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
-        below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
-        below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
-        parts.append("\n".join(map(wrapped, below)))
-    if absent:
-        parts.append(wrapped(f"not run here: {markup.markdown(absent)}"))
+    return markdown_page(title, [markdown_block(block, width) for block in blocks], absent, width)
+
+
+def markdown_page(title: str, blocks: Sequence[str], absent: str = "", width: int = 160) -> str:
+    """The same from blocks that are Markdown already."""
+    parts = [f"## {markup.markdown(title)}" if title else "", *blocks]
+    parts.append(_wrapped(f"not run here: {markup.markdown(absent)}", width) if absent else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def markdown_block(block: Block, width: int = 160) -> str:
+    """One block with its heading, without an end of line."""
+    signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
+    below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
+    below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
+    parts = [
+        f"### {markup.markdown(block.title)}",
+        "\n".join(_wrapped(f"- {markup.markdown(line)}", width) for line in block.protocol),
+        *_markdown_tables(block, width),
+        "\n".join(_wrapped(line, width) for line in below),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _wrapped(text: str, width: int) -> str:
+    """Prose in lines that fit where a table has `width` characters."""
+    fitting = min(PROSE_WIDTH, max(width, LEAST_WIDTH))
     indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, fitting, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
@@ -167,13 +178,16 @@ def to_latex(title: str, blocks: Sequence[Block], absent: str = "") -> str:
     A float cannot break: rows beyond a page and columns beyond its width go into further floats of the same block,
     and what is said about a block stands below them as text.
     """
-    tables = [_latex_block(title, block) for block in blocks]
-    if absent:
-        tables.append(f"not run here: {markup.latex(absent)}")
-    return "\n\n".join(tables) + "\n"
+    return latex_page([latex_block(title, block) for block in blocks], absent)
 
 
-def _latex_block(title: str, block: Block) -> str:
+def latex_page(blocks: Sequence[str], absent: str = "") -> str:
+    """The same from blocks that are LaTeX already."""
+    return "\n\n".join([*blocks, *([f"not run here: {markup.latex(absent)}"] if absent else [])]) + "\n"
+
+
+def latex_block(title: str, block: Block) -> str:
+    """The floats of one block and the text below them, without an end of line."""
     caption = markup.latex(f"{title}: {block.title}" if title else block.title)
     widths = [
         max(len(head), *(_latex_length(row.cells[k]) for row in block.rows if row.cells), 1)
@@ -270,17 +284,12 @@ figcaption { font-weight: 600; }
 
 def to_html(title: str, blocks: Sequence[Block], absent: str = "", figures: Sequence[str] = ()) -> str:
     """One page without scripts or requests; figures: HTML that stands below the tables."""
-    body = [f"<h1>{markup.html(title)}</h1>"]
-    for block in blocks:
-        below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
-        below += [f"<sup>{k}</sup> {markup.html(text)}" for k, text in enumerate(block.notes, 1)]
-        below += [f"not run here: {markup.html(block.absent)}"] if block.absent else []
-        body += [
-            f"<h2>{markup.html(block.title)}</h2>",
-            _html_list(markup.html(line) for line in block.protocol),
-            _html_table(block),
-            _html_list(below),
-        ]
+    return html_page(title, [html_block(block) for block in blocks], absent, figures)
+
+
+def html_page(title: str, blocks: Sequence[str], absent: str = "", figures: Sequence[str] = ()) -> str:
+    """The same from blocks that are HTML already."""
+    body = [f"<h1>{markup.html(title)}</h1>", *blocks]
     if absent:
         body.append(f"<p>not run here: {markup.html(absent)}</p>")
     if figures:
@@ -295,6 +304,20 @@ def to_html(title: str, blocks: Sequence[Block], absent: str = "", figures: Sequ
         "</body></html>",
     ]
     return "\n".join(lines) + "\n"
+
+
+def html_block(block: Block) -> str:
+    """One block with its heading, without an end of line."""
+    below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
+    below += [f"<sup>{k}</sup> {markup.html(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"not run here: {markup.html(block.absent)}"] if block.absent else []
+    parts = [
+        f"<h2>{markup.html(block.title)}</h2>",
+        _html_list(markup.html(line) for line in block.protocol),
+        _html_table(block),
+        _html_list(below),
+    ]
+    return "\n".join(parts)
 
 
 def _html_list(items: Iterable[str]) -> str:

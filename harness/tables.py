@@ -17,7 +17,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,20 @@ from harness.rows import (
 )
 from harness.side_by_side import KINDS, in_one
 from harness.table_csv import to_csv
-from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
+from harness.table_formats import (
+    Block,
+    Cell,
+    Row,
+    html_block,
+    html_page,
+    latex_block,
+    latex_page,
+    markdown_block,
+    markdown_page,
+    to_markdown,
+)
 from harness.taxonomy import DENSE, SURVEY, TABLES, Group, Table, table_named
+from harness.two_processes import shared_out
 from harness.wheels import default_cache
 
 COMPARED_WITH_DENSE = PROTOCOL_METRICS
@@ -59,6 +71,7 @@ SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
 EMPTY = Cell()
+MANY = 300  # records below which one process writes a table no later than two would
 
 
 @dataclass
@@ -169,14 +182,22 @@ def blocks_of(
 
     across: "model" or "machine", to set them side by side in one block. Raises ConfigError where they do not compare.
     """
+    return [make() for make in _blocks(table, records, strict, judge, across)]
+
+
+def _blocks(
+    table: Table, records: Sequence[RunRecord], strict: bool, judge: Judge | None, across: str | None
+) -> list[Callable[[], Block]]:
+    """What makes each of these blocks. Raises as `blocks_of` does, before any of them is made."""
     rows = [r for r in records if name_of(r) == DENSE.name or group_of(r) in table.groups]
     split = [b for b in comparable(rows) if any(name_of(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
     if across is not None:
         names = {"model": lambda r: r.model, "machine": lambda r: f"{hardware_name(r)} · {machine_in_words(r)}"}
-        return [in_one(split, across, names, _protocol, lambda side: _block(side, table.groups, judge, short=True))]
-    return [_block(records, table.groups, judge) for records in split]
+        block = in_one(split, across, names, _protocol, partial(_block, groups=table.groups, judge=judge, short=True))
+        return [lambda: block]
+    return [partial(_block, records, table.groups, judge) for records in split]
 
 
 def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
@@ -425,17 +446,25 @@ def write_table(
     title = f"Table {table.number}: {table.title}"
     absent = "" if members else ", ".join(system.title for system in table.systems)
     source = f"systems and order: {SURVEY}"
-    blocks = blocks_of(table, records, strict, judge, across)
-    wide = to_markdown(title, blocks, absent, WIDTH)
-    for suffix, content in (
-        ("md", f"{wide}\n{source}\n"),
-        ("tex", to_latex(title, blocks, absent)),
-        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
-        ("csv", to_csv(shown)),
-    ):
-        write_text_atomically(content, folder / f"{table.name}.{suffix}")
     width = terminal_width()
-    return wide if width == WIDTH else to_markdown(title, blocks, absent, width)
+
+    def write(suffix: str, content: str) -> None:
+        write_text_atomically(content, folder / f"{table.name}.{suffix}")
+
+    def texts(make: Callable[[], Block]) -> tuple[str, ...]:
+        block = make()
+        wide = markdown_block(block, WIDTH)
+        seen = wide if width == WIDTH else markdown_block(block, width)
+        return wide, seen, latex_block(title, block), html_block(block)
+
+    jobs = [partial(texts, make) for make in _blocks(table, records, strict, judge, across)]
+    jobs.insert(0, lambda: write("csv", to_csv(shown)))  # the longest
+    _, *written = shared_out(jobs, worthwhile=len(shown) >= MANY)
+    wide, seen, latex, html = ([texts[k] for texts in written] for k in range(4))
+    write("md", f"{markdown_page(title, wide, absent, WIDTH)}\n{source}\n")
+    write("tex", latex_page(latex, absent))
+    write("html", html_page(title, html, absent, learning_curves(shown, _curve_title)))
+    return markdown_page(title, seen, absent, width)
 
 
 def _curve_title(record: RunRecord) -> str:
