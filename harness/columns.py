@@ -103,10 +103,14 @@ def measured(record: RunRecord, column: Column) -> Measurement | None:
 
 def columns_of(records: list[RunRecord]) -> list[Column]:
     """The columns that these records fill, in the order of QUANTITIES, one workload each."""
-    by_metric: dict[str, list[Measurement]] = {}
+    first: dict[tuple[str, str], Measurement] = {}  # of each workload, in the order in which they appear
     for record in records:
         for m in record.measurements:
-            by_metric.setdefault(m.metric, []).append(m)
+            if (key := (m.metric, m.on)) not in first:
+                first[key] = m
+    by_metric: dict[str, list[Measurement]] = {}
+    for m in first.values():
+        by_metric.setdefault(m.metric, []).append(m)
     columns = []
     for quantity in QUANTITIES:
         found = by_metric.get(quantity.metric, [])

@@ -143,6 +143,8 @@ class Judge:
         return found
 
     def _below_the_floor(self, one: Arm, other: Arm) -> bool:
+        if not self.floors.floors:
+            return False
         (record, ours), (_, theirs) = one, other
         floor = self.floors.relative(record, ours.metric, ours.on)
         if floor is None or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from harness import markup
@@ -88,7 +88,7 @@ def markdown_block(block: Block, width: int = 160) -> str:
     """One block with its heading, without an end of line."""
     signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
     below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
-    below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"- {_superscript((k,))} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
     below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
     parts = [
         f"### {markup.markdown(block.title)}",
@@ -152,15 +152,20 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = markup.markdown(cell.value)
-    value = f"**{text}**" if cell.bold else text
-    if cell.notes:
-        value += _superscript(cell.notes)
-    if not (cell.half_width or cell.sign):
-        return value
-    return " ".join(filter(None, [value, cell.half_width, cell.sign]))
+    value, _, half_width, sign, bold, notes = cell
+    text = markup.markdown(value)
+    if bold:
+        text = f"**{text}**"
+    if notes:
+        text += _superscript(notes)
+    return _spaced(text, half_width, sign) if half_width or sign else text
 
 
+def _spaced(*parts: str) -> str:
+    return " ".join(filter(None, parts))
+
+
+@lru_cache
 def _superscript(numbers: Sequence[int]) -> str:
     return "˒".join(str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) for n in numbers)
 
@@ -189,9 +194,10 @@ def latex_page(blocks: Sequence[str], absent: str = "") -> str:
 def latex_block(title: str, block: Block) -> str:
     """The floats of one block and the text below them, without an end of line."""
     caption = markup.latex(f"{title}: {block.title}" if title else block.title)
+    by_column = list(zip(*(row.cells for row in block.rows if row.cells), strict=True)) or [()] * len(block.heads)
     widths = [
-        max(len(head), *(_latex_length(row.cells[k]) for row in block.rows if row.cells), 1)
-        for k, head in enumerate(_heads(block))
+        max(len(head), *map(_latex_length, column), 1)
+        for head, column in zip(_heads(block), by_column, strict=True)
     ]
     parts = []
     for columns in _columns_by_part(widths, block, LATEX_WIDTH):
@@ -216,11 +222,12 @@ def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
 
 
 def _latex_length(cell: Cell) -> int:
-    spaces = bool(cell.interval) + bool(cell.sign)
-    notes = len(",".join(map(str, cell.notes))) // 2 if cell.notes else 0
-    return (
-        len(cell.value) + len(cell.interval) + len(cell.sign) + (spaces if cell.value else max(0, spaces - 1)) + notes
-    )
+    value, interval, _, sign, _, notes = cell
+    length = len(value) + (len(",".join(map(str, notes))) // 2 if notes else 0)
+    if interval or sign:
+        spaces = bool(interval) + bool(sign)
+        length += len(interval) + len(sign) + (spaces if value else spaces - 1)
+    return length
 
 
 def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
@@ -248,16 +255,13 @@ def _latex_row(row: Row, columns: Sequence[int]) -> str:
 
 
 def _latex_cell(cell: Cell) -> str:
-    text = markup.latex(cell.value)
-    value = rf"\textbf{{{text}}}" if cell.bold else text
-    notes = f"$^{{{','.join(map(str, cell.notes))}}}$" if cell.notes else ""
+    value, interval, _, sign, bold, notes = cell
+    text = markup.latex(value)
     # braces keep a leading bracket from being taken for the option of the \\ before it
-    parts = [f"{{{value}}}{notes}"]
-    if cell.interval:
-        parts.append(markup.latex(cell.interval))
-    if cell.sign:
-        parts.append(markup.latex(cell.sign))
-    return " ".join(parts)
+    text = rf"{{\textbf{{{text}}}}}" if bold else f"{{{text}}}"
+    if notes:
+        text += f"$^{{{','.join(map(str, notes))}}}$"
+    return _spaced(text, markup.latex(interval), markup.latex(sign)) if interval or sign else text
 
 
 # ---------------------------------------------------------------------------------------------------- HTML
@@ -342,11 +346,15 @@ def _html_row(row: Row, kinds: list[str]) -> str:
 
 
 def _html_cell(cell: Cell) -> str:
-    text = markup.html(cell.value)
-    value = f"<strong>{text}</strong>" if cell.bold else text
-    notes = f"<sup>{', '.join(map(str, cell.notes))}</sup>" if cell.notes else ""
-    interval = f"<small>{markup.html(cell.interval)}</small>" if cell.interval else ""
-    return " ".join(filter(None, [value + notes, interval, markup.html(cell.sign)]))
+    value, interval, _, sign, bold, notes = cell
+    text = markup.html(value)
+    if bold:
+        text = f"<strong>{text}</strong>"
+    if notes:
+        text += f"<sup>{', '.join(map(str, notes))}</sup>"
+    if interval:
+        interval = f"<small>{markup.html(interval)}</small>"
+    return _spaced(text, interval, markup.html(sign)) if interval or sign else text
 
 
 def _heads(block: Block) -> list[str]:

@@ -71,6 +71,7 @@ SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
 EMPTY = Cell()
+_two_digits = significant(2)
 MANY = 300  # records below which one process writes a table no later than two would
 
 
@@ -130,7 +131,7 @@ def _evaluated_text(record: RunRecord) -> Any:
 
 
 def _protocol(record: RunRecord) -> frozenset[tuple[str, str]]:
-    return frozenset((m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS)
+    return frozenset([(m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS])
 
 
 def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
@@ -237,11 +238,12 @@ def _block(
     notes = _Notes()
     remarks = partial(remarks_of, beside=records) if footnotes else lambda _: []
     found = [[measured(record, column) for column in columns] for record in records]
-    best, same = _best(records, columns, found, judge), _same_as_dense(records, columns, found, judge)
+    texts = [[_shown(m, c) for m, c in zip(numbers, columns, strict=True)] for numbers in found]
+    best, same = _best(records, columns, found, texts, judge), _same_as_dense(records, columns, found, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
     rows: list[Row] = []
     previous: Group | None = None
-    for record, numbers in zip(records, found, strict=True):
+    for record, numbers, shown in zip(records, found, texts, strict=True):
         group = group_of(record)
         if groups and group is not None and group is not previous:
             rows.append(Row(group=f"{group.title} ({group.source})"))
@@ -257,8 +259,8 @@ def _block(
             sparsity = sparsity_of(record)
             cells.append(Cell("" if sparsity is None else str(sparsity)))
         cells += [
-            _cell(number, c, (record.id, c.head) in best, (record.id, c.head) in same)
-            for c, number in zip(columns, numbers, strict=True)
+            _cell(number, text, c, (record.id, c.head) in best, (record.id, c.head) in same)
+            for c, number, text in zip(columns, numbers, shown, strict=True)
         ]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
@@ -294,21 +296,33 @@ def _sparsities(records: list[RunRecord]) -> bool:
     return any(sparsity_of(record) is not None for record in records)
 
 
-def _cell(measurement: Measurement | None, column: Column, bold: bool, same: bool) -> Cell:
+def _shown(measurement: Measurement | None, column: Column) -> str:
+    """The digits in a cell; "" without a number."""
+    if measurement is None or measurement.value is None:
+        return ""
+    return column.quantity.show(_scale(measurement, column) * measurement.value)
+
+
+def _scale(measurement: Measurement, column: Column) -> float:
+    return 1.0 if measurement.unit == "%" else column.quantity.scale
+
+
+def _cell(measurement: Measurement | None, text: str, column: Column, bold: bool, same: bool) -> Cell:
     if measurement is None:
         return EMPTY
-    collapsed = COLLAPSED if "collapsed" in measurement.note else ""
-    if measurement.value is None:
-        return Cell(sign=collapsed)
-    quantity = column.quantity
-    scale = 1.0 if measurement.unit == "%" else quantity.scale
+    sign = COLLAPSED if "collapsed" in measurement.note else ""
+    if not text:
+        return Cell(sign=sign)
     interval = half_width = ""
-    if measurement.interval and quantity.interval:
-        low, high = (scale * end for end in measurement.interval)
-        interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
-        half_width = f"±{significant(2)((high - low) / 2)}"
-    sign = f"{SAME_AS_DENSE if same else ''} {collapsed}".strip()
-    return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
+    if measurement.interval and (show := column.quantity.interval):
+        scale = _scale(measurement, column)
+        low, high = measurement.interval
+        low, high = scale * low, scale * high
+        interval = f"[{show(low)}–{show(high)}]"
+        half_width = f"±{_two_digits((high - low) / 2)}"
+    if same:
+        sign = f"{SAME_AS_DENSE} {sign}" if sign else SAME_AS_DENSE
+    return Cell(text, interval, half_width, sign, bold)
 
 
 _Numbers = Sequence[Measurement | None]  # of one row, for each column
@@ -334,34 +348,34 @@ def _arms(rows: Iterable[tuple[RunRecord, _Numbers]], k: int) -> list[Arm]:
     return [(record, m) for record, numbers in rows if (m := numbers[k]) is not None and m.value is not None]
 
 
-def _best(records: list[RunRecord], columns: list[Column], found: list[_Numbers], judge: Judge) -> set[tuple[str, str]]:
+def _best(
+    records: list[RunRecord], columns: list[Column], found: list[_Numbers], texts: list[list[str]], judge: Judge
+) -> set[tuple[str, str]]:
     """Record and head of every best value, and what ties with it, among rows of equal bits and sparsity.
 
     A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
     """
-    rivals: dict[tuple, list[tuple[RunRecord, _Numbers]]] = {}
-    for record, numbers in zip(records, found, strict=True):
+    rivals: dict[tuple, list[int]] = {}
+    for row, record in enumerate(records):
         if name_of(record) != DENSE.name and record.status == "finished" and not has_collapsed(record):
-            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append((record, numbers))
+            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append(row)
     best = set()
     for group in rivals.values():
         for k, column in enumerate(columns):
-            rows = _arms(group, k)
+            shown = [texts[row][k] for row in group]
+            rows = _arms(((records[row], found[row]) for row in group), k)
             if len(rows) > 1:
-                ties = _ties(column, rows, judge)
+                ties = _ties(column, rows, [text for text in shown if text], judge)
                 best |= {(id, column.head) for id in ties if len(ties) < len(rows)}
     return best
 
 
-def _ties(column: Column, rows: list[Arm], judge: Judge) -> set[str]:
+def _ties(column: Column, rows: list[Arm], shown: list[str], judge: Judge) -> set[str]:
     """Which of these records hold the best value: equal to it in the digits shown, or not told from it by a test."""
-
-    def shown(m: Measurement) -> str:
-        return column.quantity.show(column.quantity.scale * m.value)
-
-    top = (min if column.better == "lower" else max)(rows, key=lambda arm: arm[1].value)
-    best = shown(top[1])
-    return {record.id for record, m in rows if shown(m) == best} | judge.ties(rows, top)
+    values = [m.value for _, m in rows]
+    top = values.index((min if column.better == "lower" else max)(values))
+    equal = {record.id for (record, _), text in zip(rows, shown, strict=True) if text == shown[top]}
+    return equal | judge.ties(rows, rows[top])
 
 
 @dataclass(frozen=True)
@@ -376,11 +390,11 @@ def _kernels(records: list[RunRecord]) -> _Kernels:
         record.id: (record.find("time_per_output_token_ms") or record.find("decode_tokens_per_second") or _NONE).note
         for record in records
     }
-    parts = {id: note.partition("; ")[0].split(", ") for id, note in notes.items() if note}
+    parts = {note: note.partition("; ")[0].split(", ") for note in dict.fromkeys(notes.values()) if note}
     rest = [set(q[1:]) for q in parts.values()]
     shared = set.intersection(*rest) if rest else set()
-    each = {id: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for id, q in parts.items()}
-    return _Kernels(", ".join(sorted(shared)), each)
+    words = {note: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for note, q in parts.items()}
+    return _Kernels(", ".join(sorted(shared)), {id: words[note] for id, note in notes.items() if note})
 
 
 _NONE = Measurement("", None, "", "", "lower")
