@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from harness import markup
@@ -103,6 +102,8 @@ def spreads_of(records: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
 
     A number that one of them lacks, or whose median is 0, has none.
     """
+    from statistics import median  # tables, which only read floors, need not wait for it
+
     spreads: dict[str, dict[str, float]] = {}
     for m in records[0].measurements:
         values = [record.value(m.metric, m.on) for record in records]

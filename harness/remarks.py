@@ -132,9 +132,7 @@ def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str)
     }
     if engine_name(records[0]):
         outside = _distinct(
-            f"{package} {version}"
-            for versions in known["engine_versions"]
-            for package, version in versions.items()
+            f"{package} {version}" for versions in known["engine_versions"] for package, version in versions.items()
         )
         lines.append(f"Engine: {engine_name(records[0])}, in an interpreter of its own ({outside})")
     facts = [

@@ -196,8 +196,7 @@ def latex_block(title: str, block: Block) -> str:
     caption = markup.latex(f"{title}: {block.title}" if title else block.title)
     by_column = list(zip(*(row.cells for row in block.rows if row.cells), strict=True)) or [()] * len(block.heads)
     widths = [
-        max(len(head), *map(_latex_length, column), 1)
-        for head, column in zip(_heads(block), by_column, strict=True)
+        max(len(head), *map(_latex_length, column), 1) for head, column in zip(_heads(block), by_column, strict=True)
     ]
     parts = []
     for columns in _columns_by_part(widths, block, LATEX_WIDTH):

@@ -98,7 +98,8 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     known: dict[tuple, str] = {}  # sections that are one object in many records need writing out once
     records = list(records)  # holds them, and so what an id stands for
     for record in records:
-        parts = (record.model, *(id(record.config.get(key)) for key in SETTING), id(record.environment.get("machine")))
+        sections = [id(record.config.get(key)) for key in SETTING]
+        parts = (record.model, id(record.environment.get("machine")), *sections)
         if parts not in known:
             known[parts] = _setting(record)
         settings.setdefault(known[parts], {}).setdefault(_protocol(record), []).append(record)
@@ -472,12 +473,12 @@ def write_table(
         return wide, seen, latex_block(title, block), html_block(block)
 
     jobs = [partial(texts, make) for make in _blocks(table, records, strict, judge, across)]
-    jobs.insert(0, lambda: write("csv", to_csv(shown)))  # the longest
-    _, *written = shared_out(jobs, worthwhile=len(shown) >= MANY)
+    jobs[:0] = [lambda: write("csv", to_csv(shown)), lambda: learning_curves(shown, _curve_title)]
+    _, curves, *written = shared_out(jobs, worthwhile=len(shown) >= MANY)
     wide, seen, latex, html = ([texts[k] for texts in written] for k in range(4))
     write("md", f"{markdown_page(title, wide, absent, WIDTH)}\n{source}\n")
     write("tex", latex_page(latex, absent))
-    write("html", html_page(title, html, absent, learning_curves(shown, _curve_title)))
+    write("html", html_page(title, html, absent, curves))
     return markdown_page(title, seen, absent, width)
 
 
