@@ -33,6 +33,7 @@ from harness.wheels import default_cache
 FEWEST = 300  # records below which parsing takes no longer than the index would
 VERSION = 3  # of what an entry holds
 LAYERS = ("layer_errors", "layer_output_errors")
+IN_SECTIONS = ("config", "environment", "cost")  # of which records share sections, hardly ever all of them
 CANONICAL = 2  # version of marshal in which equal JSON values have equal bytes
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -118,7 +119,7 @@ class _Index:
         self.kept_layers: dict[str, tuple[State, tuple[Packed, ...]]] = self._loaded("layers") if layers else {}
         self.now: dict[str, tuple[State, RunRecord, tuple[Packed, ...]]] = {}
         self.changed = False
-        self.shared: dict[bytes, Any] = {}
+        self.shared: dict[Any, Any] = {}  # by itself or, what has no hash, by its bytes
 
     def read_ahead(self, files: Sequence[tuple[str, os.DirEntry]]) -> None:
         """Parse files without an entry in two processes, if they are many. What cannot be read is met again later."""
@@ -138,7 +139,7 @@ class _Index:
         for place, file in files:
             try:
                 state = _state(file.stat())
-                record, packed = self._parsed(Path(file).read_bytes())
+                record, packed = self._parsed(_content(file))
             except UNREADABLE:
                 continue  # it is parsed again where the reason is kept
             records[place], layers[place] = (state, _values(record)), (state, packed)
@@ -152,7 +153,7 @@ class _Index:
         if known == state and layers is not None:
             record = _restored(values)
         else:
-            record, layers = self._parsed(Path(file).read_bytes())
+            record, layers = self._parsed(_content(file))
             self.changed = True
         self.now[place] = (state, record, layers)
         return record, layers
@@ -195,21 +196,30 @@ class _Index:
         """A record with equal parts of all records being one object: stored once, loaded once."""
         data = json.loads(content)
         layers = [_packed(data.pop(key, None) or {}) for key in LAYERS]
-        data = {key: self._shared(value) if key != "measurements" else value for key, value in data.items()}
-        data["measurements"] = [
-            {sys.intern(key): self._shared(value) for key, value in m.items()} for m in data.get("measurements", [])
-        ]
-        for key in ("config", "environment", "cost"):
-            if isinstance(data.get(key), dict):
-                data[key] = {sys.intern(name): self._shared(value) for name, value in data[key].items()}
+        for key, value in data.items():
+            if key == "measurements":
+                data[key] = [
+                    {sys.intern(name): sys.intern(v) if type(v) is str else v for name, v in m.items()} for m in value
+                ]
+            elif key in IN_SECTIONS and isinstance(value, dict):
+                data[key] = {sys.intern(name): self._shared(section) for name, section in value.items()}
+            else:
+                data[key] = self._shared(value)
         return from_json(data), tuple((self._shared(names), values) for names, values in layers)
 
     def _shared(self, value: Any) -> Any:
         if isinstance(value, str):
             return sys.intern(value)
-        if isinstance(value, dict | list | tuple):
+        if isinstance(value, tuple):  # names of linears
+            return self.shared.setdefault(value, value)
+        if isinstance(value, dict | list):
             return self.shared.setdefault(marshal.dumps(value, CANONICAL), value)
         return value
+
+
+def _content(file: os.DirEntry) -> bytes:
+    with open(file, "rb", buffering=0) as opened:
+        return opened.read()
 
 
 def _state(status: os.stat_result) -> State:
