@@ -41,8 +41,11 @@ def shared_out(jobs: Sequence[Callable[[], Result]], worthwhile: bool = True) ->
     with open(claimed, "wb", buffering=0) as file:
         file.write(bytes(range(min(len(jobs), MOST_CLAIMS))))
     results, sent = os.pipe()
-    child = os.fork()
-    if not child:
+    try:
+        child = os.fork()
+    except OSError:  # no more processes or memory for this user: one is enough
+        child = None
+    if child == 0:
         _work(jobs, claims, sent)
     os.close(sent)
     try:
@@ -54,7 +57,7 @@ def shared_out(jobs: Sequence[Callable[[], Result]], worthwhile: bool = True) ->
             pass  # after an error here, the other process shall find no more to do
         os.close(claims)
         os.close(results)
-        _, status = os.waitpid(child, 0)
+        status = os.waitpid(child, 0)[1] if child else None
     if status == 0:
         done |= marshal.loads(theirs)
     return [done[k] if k in done else job() for k, job in enumerate(jobs)]
