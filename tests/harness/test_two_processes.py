@@ -1,4 +1,4 @@
-"""Two processes do what one does, errors included. Each test is a process of its own: only one without threads forks."""
+"""Two processes do what one does, errors included. Each test is a process of its own: threads forbid a fork."""
 
 from __future__ import annotations
 
