@@ -170,7 +170,7 @@ class Judge:
             return False
         (record, ours), (_, theirs) = one, other
         floor = self.floors.relative(record, ours.metric, ours.on)
-        if floor is None or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
+        if not floor or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
             return False
         self.tests.add("the machine's noise floor")
         return True
