@@ -476,7 +476,7 @@ def write_table(
     jobs = [partial(texts, make) for make in _blocks(table, records, strict, judge, across)]
     jobs[:0] = [lambda: write("csv", to_csv(shown)), lambda: learning_curves(shown, _curve_title)]
     _, curves, *written = shared_out(jobs, worthwhile=len(shown) >= MANY)
-    wide, seen, latex, html = ([texts[k] for texts in written] for k in range(4))
+    wide, seen, latex, html = ([parts[k] for parts in written] for k in range(4))
     write("md", f"{markdown_page(title, wide, absent, WIDTH)}\n{source}\n")
     write("tex", latex_page(latex, absent))
     write("html", html_page(title, html, absent, curves))
