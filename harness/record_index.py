@@ -31,7 +31,7 @@ from harness.two_processes import shared_out
 from harness.wheels import default_cache
 
 FEWEST = 300  # records below which parsing takes no longer than the index would
-VERSION = 3  # of what an entry holds
+VERSION = 4  # of what an entry holds
 LAYERS = ("layer_errors", "layer_output_errors")
 IN_SECTIONS = ("config", "environment", "cost")  # of which records share sections, hardly ever all of them
 CANONICAL = 2  # version of marshal in which equal JSON values have equal bytes
@@ -227,10 +227,11 @@ def _state(status: os.stat_result) -> State:
 
 
 def _values(record: RunRecord) -> dict[str, Any]:
-    """The fields of a record as marshal can keep them."""
+    """The fields of a record as marshal can keep them, and what it found out about them that takes long."""
     values = {f.name: getattr(record, f.name) for f in fields(RunRecord)}
     values["measurements"] = [vars(m) for m in record.measurements]
     values["failure"] = vars(record.failure) if record.failure else None
+    values["number_texts"] = record.number_texts
     return values
 
 
