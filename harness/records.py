@@ -10,7 +10,7 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,10 @@ class RunRecord:
     def find(self, metric: str, on: str | None = None) -> Measurement | None:
         """The first measurement with this metric (and, if given, exactly this `on`)."""
         return self._places.get((metric, on))
+
+    def find_all(self, keys: Iterable[tuple[str, str | None]]) -> list[Measurement | None]:
+        """`find` for several metrics, each with its `on` or None."""
+        return list(map(self._places.get, keys))
 
     @cached_property
     def number_texts(self) -> str:

@@ -250,7 +250,7 @@ def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Seque
 def _latex_row(row: Row, columns: Sequence[int]) -> str:
     if row.group:
         return rf"\multicolumn{{{len(columns)}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
-    return " & ".join(_latex_cell(row.cells[k]) for k in columns) + r" \\"
+    return " & ".join([_latex_cell(row.cells[k]) for k in columns]) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:

@@ -239,7 +239,7 @@ def _block(
     labels = row_labels(records)
     notes = _Notes()
     remarks = partial(remarks_of, beside=records) if footnotes else lambda _: []
-    found = [[measured(record, column) for column in columns] for record in records]
+    found = measured(records, columns)
     texts = [[_shown(m, c) for m, c in zip(numbers, columns, strict=True)] for numbers in found]
     best, same = _best(records, columns, found, texts, judge), _same_as_dense(records, columns, found, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
