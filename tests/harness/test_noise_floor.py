@@ -33,7 +33,7 @@ def test_the_floor_is_student_s_share_of_the_median():
     spreads = spreads_of(repeats(10.0, 11.0, 9.0))
     assert spreads["time_per_output_token_ms"][TIME[1]] == pytest.approx(4.303 * np.sqrt(2) * 1.0 / 10, rel=1e-3)
     assert spreads["perplexity"] == {QUICK: 0.0}
-    assert spreads_of(repeats(0.1, 0.1, 0.1))["time_per_output_token_ms"] == {TIME[1]: 0.0}, "0.1 three times is not 0.3"
+    assert spreads_of(repeats(0.1, 0.1, 0.1))["time_per_output_token_ms"] == {TIME[1]: 0.0}, "their mean is not 0.1"
 
 
 def test_numbers_that_a_repeat_lacks_and_zeros_have_none():
