@@ -19,7 +19,8 @@ help:
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
 	@echo "make table-1     run what table I needs and print it (hours); table-2, table-3 and table-4 likewise"
-	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes)"
+	@echo "make noise-floor how far apart two equal runs lie on this machine; tables and verify use it (fifteen minutes;"
+	@echo "                 HARDWARE=h100 for a GPU)"
 	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
 	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
 	@echo "make resolve     does pip find versions for every extra? Downloads nothing but descriptions; needs a registry"
@@ -72,7 +73,7 @@ report: setup
 	$(RUN) -m harness.report $(if $(RESULTS),paths.results=$(RESULTS))
 
 noise-floor: setup
-	$(RUN) -m harness.noise_floor method=gptq bits=4 model=smollm2-135m-gguf hardware=cpu evaluation=quick runs=5
+	$(RUN) -m harness.noise_floor method=gptq bits=4 model=smollm2-135m-gguf hardware=$(or $(HARDWARE),cpu) evaluation=quick runs=5
 
 tables: setup
 	$(RUN) -m harness.tables all

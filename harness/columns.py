@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from harness.records import Measurement, RunRecord
@@ -90,23 +90,30 @@ class Column:
     better: str
 
 
-def measured(record: RunRecord, column: Column) -> Measurement | None:
-    """A record's number in a column, or None."""
-    if column.on is not None or column.quantity.every_workload:
-        found = record.find(column.quantity.metric, column.on)
-    else:
-        found = record.find(column.quantity.metric)
-    if found is None and column.quantity.metric == "stored_bytes" and record.artifact.get("bytes") is not None:
-        return Measurement("stored_bytes", record.artifact["bytes"], "bytes", "artifact on disk", "lower")
+def measured(records: Iterable[RunRecord], columns: list[Column]) -> list[list[Measurement | None]]:
+    """For each record its number in each column, or None."""
+    keys = [(column.quantity.metric, column.on) for column in columns]
+    stored = [k for k, (metric, _) in enumerate(keys) if metric == "stored_bytes"]
+    found = []
+    for record in records:
+        numbers = record.find_all(keys)
+        for k in stored:
+            if numbers[k] is None and record.artifact.get("bytes") is not None:
+                numbers[k] = Measurement("stored_bytes", record.artifact["bytes"], "bytes", "artifact on disk", "lower")
+        found.append(numbers)
     return found
 
 
 def columns_of(records: list[RunRecord]) -> list[Column]:
     """The columns that these records fill, in the order of QUANTITIES, one workload each."""
-    by_metric: dict[str, list[Measurement]] = {}
+    first: dict[tuple[str, str], Measurement] = {}  # of each workload, in the order in which they appear
     for record in records:
         for m in record.measurements:
-            by_metric.setdefault(m.metric, []).append(m)
+            if (key := (m.metric, m.on)) not in first:
+                first[key] = m
+    by_metric: dict[str, list[Measurement]] = {}
+    for m in first.values():
+        by_metric.setdefault(m.metric, []).append(m)
     columns = []
     for quantity in QUANTITIES:
         found = by_metric.get(quantity.metric, [])

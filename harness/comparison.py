@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import log, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness import statistics
 from harness.noise_floor import NoiseFloors
@@ -104,6 +104,7 @@ class Judge:
     kept: Kept = field(default_factory=Kept)
     floors: NoiseFloors = field(default_factory=NoiseFloors)
     tests: set[str] = field(default_factory=set)  # what decided, in words
+    _differences: dict[tuple, tuple] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def same_as_dense(self, rows: Sequence[Arm], dense: Arm | None) -> set[str]:
         """Ids of the records that no test tells from the dense run."""
@@ -124,7 +125,7 @@ class Judge:
         """
         if self._below_the_floor(one, other):
             return 1.0
-        found, test = _from_differences_to_dense(one, other), "paired differences from dense"
+        found, test = self._from_differences_to_dense(one, other), "paired differences from dense"
         if found is None:
             found, test = _from_intervals(one[1], other[1]), "intervals"
         if found is None or found > BEYOND_DOUBT:  # these two find less: outcomes need not be read where they do
@@ -137,15 +138,39 @@ class Judge:
     def _against_dense(self, row: Arm, dense: Arm | None) -> float | None:
         if row[1].metric not in TO_DENSE:
             return None if dense is None else self.p_value(row, dense)
-        found = _from_differences_to_dense(row, None)  # made from the outcomes when they were fresh
+        found = self._from_differences_to_dense(row, None)  # made from the outcomes when they were fresh
         if found is not None:
             self.tests.add("paired differences from dense")
         return found
 
+    def _from_differences_to_dense(self, one: Arm, other: Arm | None) -> float | None:
+        """From what each record says about its own paired difference from dense; the dense run's (None) is nothing."""
+        metric, on = one[1].metric, one[1].on
+        if metric not in TO_DENSE:
+            return None
+        first, second = (None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other))
+        difference = variance = 0.0
+        for record, sign in ((first, 1), (second, -1)):
+            if record is None:
+                continue
+            key = id(record), metric, on
+            if key not in self._differences:  # holds the record too, and so what its id stands for
+                self._differences[key] = (record, _difference_to_dense(record, metric, on))
+            compared = self._differences[key][1]
+            if compared is None:
+                return None
+            if (first is None or second is None) and (exact := _mcnemar_of(compared.note)) is not None:
+                return exact
+            difference += sign * compared.difference
+            variance += compared.variance
+        return _p_of_difference(difference, variance)
+
     def _below_the_floor(self, one: Arm, other: Arm) -> bool:
+        if not self.floors.floors:
+            return False
         (record, ours), (_, theirs) = one, other
         floor = self.floors.relative(record, ours.metric, ours.on)
-        if floor is None or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
+        if not floor or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
             return False
         self.tests.add("the machine's noise floor")
         return True
@@ -176,26 +201,22 @@ def _from_outcomes(one: Arm, other: Arm, kept: Kept) -> float | None:
     return statistics.paired_p_value(tokens[0], other_tokens[0], tokens[1], np.random.default_rng(SEED))
 
 
-def _from_differences_to_dense(one: Arm, other: Arm | None) -> float | None:
-    """From what each record says about its own paired difference from dense; the dense run's (None) is nothing."""
-    metric, on = one[1].metric, one[1].on
-    if metric not in TO_DENSE:
-        return None
+class _Difference(NamedTuple):
+    """Of a record from dense, as it was found on the same tokens or questions. note: of the measurement."""
+
+    difference: float
+    variance: float
+    note: str
+
+
+def _difference_to_dense(record: RunRecord, metric: str, on: str) -> _Difference | None:
     name, nothing = TO_DENSE[metric]
-    first, second = (None if arm is None or is_dense(arm[0]) else arm[0] for arm in (one, other))
-    difference = variance = 0.0
-    for record, sign in ((first, 1), (second, -1)):
-        if record is None:
-            continue
-        compared = record.find(name, on)
-        if compared is None or compared.value is None or compared.interval is None:
-            return None
-        if (first is None or second is None) and (exact := _mcnemar_of(compared.note)) is not None:
-            return exact
-        low, high = compared.interval
-        difference += sign * (_scaled(compared.value, metric) - _scaled(nothing, metric))
-        variance += ((_scaled(high, metric) - _scaled(low, metric)) / (2 * statistics.Z_95)) ** 2
-    return _p_of_difference(difference, variance)
+    compared = record.find(name, on)
+    if compared is None or compared.value is None or compared.interval is None:
+        return None
+    low, high = (_scaled(end, metric) for end in compared.interval)
+    difference = _scaled(compared.value, metric) - _scaled(nothing, metric)
+    return _Difference(difference, ((high - low) / (2 * statistics.Z_95)) ** 2, compared.note)
 
 
 def is_dense(record: RunRecord) -> bool:

@@ -2,20 +2,22 @@
 
     python -m harness.noise_floor method=gptq bits=4 [runs=5] [any override of a run]
 
-Runs the configuration several times, each time from the start, and keeps for every number what two such runs differ by
-less than 95 times in 100, as a share of its median (Student's t on the runs' spread). `harness.verify`, the tables and
-the advice take a difference below it for noise, whatever configuration it is of. It lies beside the ceilings of the
-machine in the cache; a folder `noise_floor` in a results folder is read as well.
+Runs the configuration several times, each time from the start (the dense run that it is compared with once), and keeps
+for every number what two such runs differ by less than 95 times in 100, as a share of its median (Student's t on the
+runs' spread). `harness.verify`, the tables and the advice take a difference below it for noise, whatever configuration
+it is of. It lies beside the ceilings of the machine in the cache; a folder `noise_floor` in a results folder is read as
+well.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from harness import markup
@@ -35,7 +37,7 @@ class NoiseFloor:
     """What was found on one machine.
 
     machine: as records describe it; device, threads: of the hardware section; runs: how many; of: their configuration
-    in words; spreads: metric → workload → share of the median.
+    in words; spreads: metric → workload → share of the median; disturbed: runs beside which other processes computed.
     """
 
     machine: dict[str, Any]
@@ -45,6 +47,7 @@ class NoiseFloor:
     of: str
     measured: str  # ISO 8601, UTC
     spreads: dict[str, dict[str, float]]
+    disturbed: int = 0
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -103,6 +106,8 @@ def spreads_of(records: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
 
     A number that one of them lacks, or whose median is 0, has none.
     """
+    from statistics import median  # tables, which only read floors, need not wait for it
+
     spreads: dict[str, dict[str, float]] = {}
     for m in records[0].measurements:
         values = [record.value(m.metric, m.on) for record in records]
@@ -114,15 +119,20 @@ def spreads_of(records: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
 
 def measure(config: dict[str, Any], cache: Path, scratch: Path, runs: int, say: Callable[[str], None]) -> NoiseFloor:
     """Run one configuration `runs` times in the folder `scratch`. Raises RunError when a run fails."""
+    from harness.probes.speed import DISTURBED
     from harness.run import Paths, describe, run
 
+    paths = Paths(scratch, cache)
     records = []
     for index in range(runs):
-        outcome = run(config, Paths(scratch, cache), force=True, say=lambda _: None)
+        # what a run keeps for others of a sweep would spare the next one the work whose spread is asked for
+        shutil.rmtree(paths.scratch / "statistics", ignore_errors=True)
+        started = time.monotonic()
+        outcome = run(config, paths, force=True, say=lambda _: None)
         if outcome.record is None or outcome.status != "finished":
             raise RunError(f"run {index + 1} of {runs} {outcome.status}: {outcome.reason}")
         records.append(outcome.record)
-        say(f"run {index + 1} of {runs}: {outcome.title}")
+        say(f"run {index + 1} of {runs}: {outcome.title}, {time.monotonic() - started:.0f} s")
     last = records[-1]
     return NoiseFloor(
         machine=last.environment["machine"],
@@ -132,6 +142,7 @@ def measure(config: dict[str, Any], cache: Path, scratch: Path, runs: int, say: 
         of=describe(config),
         measured=last.finished,
         spreads=spreads_of(records),
+        disturbed=sum(any(DISTURBED in m.note for m in record.measurements) for record in records),
     )
 
 
@@ -142,6 +153,11 @@ def report(floor: NoiseFloor) -> str:
         low, high = min(known.values()), max(known.values())
         words = f"{low:.2%}" + (f" to {high:.2%}" if high > low else "") if high else "the same every time"
         lines.append(f"  {metric:<30} {words}")
+    if floor.disturbed:
+        lines.append(
+            f"Other processes computed beside {floor.disturbed} of the runs, which raises the floor: real differences "
+            "may pass for noise. Measure again when the machine is quiet"
+        )
     return "\n".join(lines)
 
 
@@ -157,7 +173,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         runs, overrides = _runs(arguments)
         config, paths, _ = composed(overrides)
-        with tempfile.TemporaryDirectory(prefix="harness-noise-") as folder:
+        paths.scratch.mkdir(parents=True, exist_ok=True)  # not /tmp, which may lie in the memory that is measured
+        with tempfile.TemporaryDirectory(prefix="noise-", dir=paths.scratch) as folder:
             floor = measure(config, paths.cache, Path(folder), runs, lambda line: print(line, flush=True))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,22 +18,30 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness import two_processes
 from harness.records import SCHEMA, Failure, Measurement, RunRecord, from_json, write_bytes_atomically
+from harness.two_processes import shared_out
 from harness.wheels import default_cache
 
 FEWEST = 300  # records below which parsing takes no longer than the index would
-VERSION = 3  # of what an entry holds
+VERSION = 4  # of what an entry holds
 LAYERS = ("layer_errors", "layer_output_errors")
+IN_SECTIONS = ("config", "environment", "cost")  # of which records share sections, hardly ever all of them
 CANONICAL = 2  # version of marshal in which equal JSON values have equal bytes
+
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+PART = 100  # records that are parsed before another process may take the next ones
 
 State = tuple[int, ...]  # of a file: times of change in ns, place on the disk, bytes
 Packed = tuple[tuple[str, ...], bytes]  # names of linears, their errors as doubles, NaN for None
+_NOTHING = (None, None)  # an entry that is not there
 
 
 @dataclass
@@ -67,10 +75,11 @@ def read_packed(results: Path, layers: bool = False) -> Reading:
     files = _files(results / "records")
     with without_collector():
         index = _Index(results, layers, len(files))
+        index.read_ahead(files)
         for place, file in files:
             try:
                 reading.records[place], packed = index.read(place, file)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            except UNREADABLE as error:
                 reading.broken.append(f"{results / 'records' / place} is not a record this version can read: {error}")
                 continue
             if layers:
@@ -108,22 +117,43 @@ class _Index:
         self.wanted = layers
         self.kept: dict[str, tuple[State, dict[str, Any]]] = self._loaded("records")
         self.kept_layers: dict[str, tuple[State, tuple[Packed, ...]]] = self._loaded("layers") if layers else {}
-        self.forgotten = len(self.kept)  # entries that no file has asked for
         self.now: dict[str, tuple[State, RunRecord, tuple[Packed, ...]]] = {}
         self.changed = False
-        self.shared: dict[bytes, Any] = {}
+        self.shared: dict[Any, Any] = {}  # by itself or, what has no hash, by its bytes
+
+    def read_ahead(self, files: Sequence[tuple[str, os.DirEntry]]) -> None:
+        """Parse files without an entry in two processes, if they are many. What cannot be read is met again later."""
+        known = self.kept.keys() & self.kept_layers.keys() if self.wanted else self.kept.keys()
+        new = [(place, file) for place, file in files if place not in known]
+        if len(new) < FEWEST or not two_processes.helps():
+            return
+        parts = [partial(self._parsed_part, new[first : first + PART]) for first in range(0, len(new), PART)]
+        for records, layers in shared_out(parts):
+            self.kept |= records
+            self.kept_layers |= layers
+        self.changed = True
+
+    def _parsed_part(self, files: Sequence[tuple[str, os.DirEntry]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Entries of the index for these files, without those that cannot be read."""
+        records, layers = {}, {}
+        for place, file in files:
+            try:
+                state = _state(file.stat())
+                record, packed = self._parsed(_content(file))
+            except UNREADABLE:
+                continue  # it is parsed again where the reason is kept
+            records[place], layers[place] = (state, _values(record)), (state, packed)
+        return records, layers
 
     def read(self, place: str, file: os.DirEntry) -> tuple[RunRecord, tuple[Packed, ...]]:
         """The record without errors of layers, and those where they are wanted."""
-        status = file.stat()
-        state = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size)  # all before it is read
-        known, values = self.kept.pop(place, (None, None))
-        self.forgotten -= values is not None
+        state = _state(file.stat())  # before it is read
+        known, values = self.kept.pop(place, _NOTHING)
         layers = self._kept_layers(place, state) if self.wanted else ()
         if known == state and layers is not None:
             record = _restored(values)
         else:
-            record, layers = self._parsed(Path(file).read_bytes())
+            record, layers = self._parsed(_content(file))
             self.changed = True
         self.now[place] = (state, record, layers)
         return record, layers
@@ -134,10 +164,10 @@ class _Index:
         Every file is replaced as a whole and every entry has the state of its file, so neither another process that
         writes at the same time nor one file of the two that is older than the other can do harm.
         """
-        if self.file is None or not (self.changed or self.forgotten):
+        if self.file is None or not (self.changed or self.kept):  # an entry that is left is of a file that is gone
             return
         if not self.wanted:
-            self.kept_layers = self._loaded("layers")
+            self.kept_layers = self._loaded("layers") | self.kept_layers  # those that were read ahead
         layers = {
             place: (state, packed or self._kept_layers(place, state)) for place, (state, _, packed) in self.now.items()
         }
@@ -148,7 +178,7 @@ class _Index:
             return
 
     def _kept_layers(self, place: str, state: State) -> tuple[Packed, ...] | None:
-        known, packed = self.kept_layers.get(place, (None, None))
+        known, packed = self.kept_layers.get(place, _NOTHING)
         return packed if known == state else None
 
     def _loaded(self, part: str) -> dict[str, Any]:
@@ -166,28 +196,42 @@ class _Index:
         """A record with equal parts of all records being one object: stored once, loaded once."""
         data = json.loads(content)
         layers = [_packed(data.pop(key, None) or {}) for key in LAYERS]
-        data = {key: self._shared(value) if key != "measurements" else value for key, value in data.items()}
-        data["measurements"] = [
-            {sys.intern(key): self._shared(value) for key, value in m.items()} for m in data.get("measurements", [])
-        ]
-        for key in ("config", "environment", "cost"):
-            if isinstance(data.get(key), dict):
-                data[key] = {sys.intern(name): self._shared(value) for name, value in data[key].items()}
+        for key, value in data.items():
+            if key == "measurements":
+                data[key] = [
+                    {sys.intern(name): sys.intern(v) if type(v) is str else v for name, v in m.items()} for m in value
+                ]
+            elif key in IN_SECTIONS and isinstance(value, dict):
+                data[key] = {sys.intern(name): self._shared(section) for name, section in value.items()}
+            else:
+                data[key] = self._shared(value)
         return from_json(data), tuple((self._shared(names), values) for names, values in layers)
 
     def _shared(self, value: Any) -> Any:
         if isinstance(value, str):
             return sys.intern(value)
-        if isinstance(value, dict | list | tuple):
+        if isinstance(value, tuple):  # names of linears
+            return self.shared.setdefault(value, value)
+        if isinstance(value, dict | list):
             return self.shared.setdefault(marshal.dumps(value, CANONICAL), value)
         return value
 
 
+def _content(file: os.DirEntry) -> bytes:
+    with open(file, "rb", buffering=0) as opened:
+        return opened.read()
+
+
+def _state(status: os.stat_result) -> State:
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
+
+
 def _values(record: RunRecord) -> dict[str, Any]:
-    """The fields of a record as marshal can keep them."""
+    """The fields of a record as marshal can keep them, and what it found out about them that takes long."""
     values = {f.name: getattr(record, f.name) for f in fields(RunRecord)}
     values["measurements"] = [vars(m) for m in record.measurements]
     values["failure"] = vars(record.failure) if record.failure else None
+    values["number_texts"] = record.number_texts
     return values
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.columns import PROTOCOL_METRICS, QUANTITIES, Column, batch_of
-from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, RunRecord
+from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, Measurement, RunRecord
 from harness.rows import engine_name, lines_of, name_of, shortened, sparsity_of, title_of
 from harness.taxonomy import DENSE
 
@@ -25,27 +25,30 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
         remarks.append(f"other runtimes: {record.card['runtime']}")
     if record.failure:
         remarks.append(shortened(f"failed in {record.failure.stage}: {record.failure.reason}"))
+    noted = [m for m in record.measurements if m.note]
     remarks += [
         shortened(f"{m.metric} not measured ({m.on}): {m.note}")
-        for m in record.measurements
-        if m.value is None and m.note and m.metric in {q.metric for q in QUANTITIES}
+        for m in noted
+        if m.value is None and m.metric in {q.metric for q in QUANTITIES}
     ]
     remarks += [
         shortened(f"{m.metric} {m.note}")  # e.g. a baseline outside its anchor
-        for m in record.measurements
-        if m.metric == "perplexity" and m.value is not None and m.note and "collapsed" not in m.note
+        for m in noted
+        if m.metric == "perplexity" and m.value is not None and "collapsed" not in m.note
     ]
-    remarks += _doubts_about_speed(record)
+    remarks += _doubts_about_speed(noted)
     return remarks
 
 
 def _additivity(record: RunRecord, beside: Sequence[RunRecord]) -> list[str]:
     """What a stack's steps cost alone, what that predicts if losses (nats per token) add up, what was measured."""
     steps = (record.config.get("method") or {}).get("steps") or []
+    if not steps:
+        return []
     dense = next((r for r in beside if name_of(r) == DENSE.name), None)
     alone = [next((r for r in beside if r.config.get("method") == step), None) for step in steps]
     found = [r.find("perplexity") if r else None for r in (dense, record, *alone)]
-    if not steps or any(m is None or m.value is None for m in found):
+    if any(m is None or m.value is None for m in found):
         return []
     start, measured, *parts = (math.log(m.value) for m in found)
     predicted = math.exp(start + sum(part - start for part in parts))
@@ -83,10 +86,10 @@ def _off_grid(record: RunRecord) -> list[str]:
     return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
 
 
-def _doubts_about_speed(record: RunRecord) -> list[str]:
+def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
     """What a reader must know before trusting the times: foreign load, repeats that did not settle."""
     doubts: dict[str, list[str]] = {}
-    for m in record.measurements:
+    for m in noted:
         if m.metric == "time_per_output_token_ms":
             for part in m.note.split("; ")[1:]:
                 if not re.fullmatch(r"\d+ requests", part):
@@ -96,7 +99,8 @@ def _doubts_about_speed(record: RunRecord) -> list[str]:
 
 def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
     """What a reader must know before the numbers: model, workloads, text, arithmetic, versions, dates."""
-    notes = dict.fromkeys(str((record.config.get("model") or {}).get("note") or "") for record in records)
+    models = _different(record.config.get("model") for record in records)
+    notes = dict.fromkeys(str((model or {}).get("note") or "") for model in models)
     lines = [f"Model: {shortened(note)}" for note in notes if note]
     for metric, words in (("perplexity", "Perplexity"), ("accuracy", "Tasks")):
         on = [c.on for c in columns if c.quantity.metric == metric and c.on]
@@ -111,37 +115,37 @@ def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str)
     load = [f"{c.head}: {c.on}" for c in columns if c.quantity.metric == "requests_per_second" and c.on]
     if load:
         lines.append(f"Load: {'; '.join(load)}")
-    calibration = {json.dumps(r.config.get("calibration"), sort_keys=True) for r in records if name_of(r) != DENSE.name}
+    calibrations = _different(r.config.get("calibration") for r in records if name_of(r) != DENSE.name)
+    calibration = {json.dumps(settings, sort_keys=True) for settings in calibrations}
     calibration.discard("null")
     if len(calibration) == 1:
         settings = json.loads(calibration.pop())
         if isinstance(settings, dict):
-            texts = [(record.environment.get("text") or {}) for record in records]
+            texts = [text for text in _different(record.environment.get("text") for record in records) if text]
             source = _distinct(text["calibration"]["name"] for text in texts if text.get("calibration"))
             domain = "in the domain of the evaluation" if any(t.get("calibrated_in_domain") for t in texts) else ""
             facts = [source, *(f"{key} {value}" for key, value in settings.items()), domain]
             lines.append("Calibration: " + ", ".join(filter(None, facts)))
-    environments = [record.environment for record in records]
+    known = {
+        key: [value for value in _different(record.environment.get(key) for record in records) if value]
+        for key in ("engine_versions", "scoring_dtype", "decoding_dtype", "threads", "versions", "source")
+    }
     if engine_name(records[0]):
         outside = _distinct(
-            f"{package} {version}"
-            for e in environments
-            for package, version in (e.get("engine_versions") or {}).items()
+            f"{package} {version}" for versions in known["engine_versions"] for package, version in versions.items()
         )
         lines.append(f"Engine: {engine_name(records[0])}, in an interpreter of its own ({outside})")
     facts = [
-        _distinct(f"{e['scoring_dtype']} scoring" for e in environments if e.get("scoring_dtype")),
-        _distinct(f"{e['decoding_dtype']} decoding" for e in environments if e.get("decoding_dtype")),
-        _distinct(f"{e['threads']} threads" for e in environments if e.get("threads")),
+        _distinct(f"{dtype} scoring" for dtype in known["scoring_dtype"]),
+        _distinct(f"{dtype} decoding" for dtype in known["decoding_dtype"]),
+        _distinct(f"{threads} threads" for threads in known["threads"]),
     ]
     for package in ("torch", "transformers"):
-        facts.append(
-            _distinct(f"{package} {v[package]}" for e in environments if package in (v := e.get("versions") or {}))
-        )
-    days = sorted(r.finished[:10] for r in records if r.finished)
+        facts.append(_distinct(f"{package} {v[package]}" for v in known["versions"] if package in v))
+    days = sorted({r.finished[:10] for r in records if r.finished})
     if days:
         facts.append(f"measured {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
-    facts.append(_commits(environments))
+    facts.append(_commits(known["source"]))
     lines.append(", ".join(filter(None, facts)))
     return [line for line in lines if line]
 
@@ -153,12 +157,16 @@ def _heads_by_workload(columns: list[Column]) -> dict[str, str]:
     return {on: ", ".join(names) for on, names in heads.items()}
 
 
+def _different(values: Iterable[Any]) -> list[Any]:
+    """These values in order, without those that are the same object as an earlier one: most are, in many records."""
+    return list({id(value): value for value in values}.values())
+
+
 def _distinct(texts: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(texts))
 
 
-def _commits(environments: list[dict[str, Any]]) -> str:
-    sources = [e.get("source") or {} for e in environments]
+def _commits(sources: list[dict[str, Any]]) -> str:
     found = _distinct(
         f"{s['commit'][:8]}{' with changes' if s.get('dirty') else ''}" for s in sources if s.get("commit")
     )

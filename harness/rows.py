@@ -81,8 +81,8 @@ def describe(record: RunRecord) -> Description:
 def in_print_order(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Dense first, then as in the survey, then by settings; the order of the rows of `block_of`."""
     records = list(records)  # holds them, and so what an id stands for
-    known: dict[tuple, list[tuple]] = {}
-    return sorted(records, key=lambda record: _order(record, known))
+    known: dict[tuple, tuple] = {}  # of a card and sections that are one object in many records
+    return sorted(records, key=lambda record: (*_order(record, known), _natural(record.config.get("seed")), record.id))
 
 
 def name_of(record: RunRecord) -> str:
@@ -113,11 +113,19 @@ def group_of(record: RunRecord) -> Group | None:
     return placement(name_of(record), str(record.card.get("taxonomy", "")))
 
 
-def _order(record: RunRecord, known: dict[tuple, list[tuple]]) -> tuple:
+def _order(record: RunRecord, known: dict[tuple, tuple]) -> tuple[tuple]:
     """Dense first; groups and systems as in the survey, others after them by name; bits downwards, sparsity upwards.
 
     Rows that agree in all of this stand by their settings, upwards: numbers by size, whatever their length.
     """
+    sections = [record.config.get(name) for name in ("method", "calibration", "evaluation")]
+    parts = (id(record.card), record.bits, *map(id, sections))
+    if parts not in known:
+        known[parts] = (_made_order(record, *sections),)
+    return known[parts]
+
+
+def _made_order(record: RunRecord, method: Any, calibration: Any, evaluation: Any) -> tuple:
     name, group = name_of(record), group_of(record)
     return (
         name != DENSE.name,
@@ -128,19 +136,15 @@ def _order(record: RunRecord, known: dict[tuple, list[tuple]]) -> tuple:
         -(activation_bits(record) or 16),
         -(key_value_bits(record) or 16),
         _natural(sparsity_of(record)),
-        *(_section_order(name, record.config.get(name), known) for name in ("method", "calibration")),
-        _natural((record.config.get("evaluation") or {}).get("name")),
-        _natural(record.config.get("seed")),
-        record.id,
+        *(_section_order(name, part) for name, part in (("method", method), ("calibration", calibration))),
+        _natural((evaluation or {}).get("name")),
     )
 
 
-def _section_order(name: str, section: Any, known: dict[tuple, list[tuple]]) -> list[tuple]:
-    """Settings of a section to sort by. known: of sections seen before, by id: many records have one and the same."""
-    if (name, id(section)) not in known:
-        settings = _settings(name, section)
-        known[name, id(section)] = [(key, _natural(settings[key])) for key in sorted(settings)]
-    return known[name, id(section)]
+def _section_order(name: str, section: Any) -> list[tuple]:
+    """Settings of a section to sort by."""
+    settings = _settings(name, section)
+    return [(key, _natural(settings[key])) for key in sorted(settings)]
 
 
 def _natural(value: Any) -> tuple:
@@ -172,19 +176,29 @@ def row_labels(records: Sequence[RunRecord]) -> dict[str, str]:
     return labels
 
 
-def _apart(leaves: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Record id → "key=value" of what it has and most of the others have not; a key alone where that is clear."""
-    keys = sorted({key for found in leaves.values() for key in found})
-    counted = {key: Counter([str(found.get(key)) for found in leaves.values()]) for key in keys}
-    differing = [key for key in keys if len(counted[key]) > 1]
+def _apart(leaves: dict[str, tuple[_Settings, _Settings]]) -> dict[str, list[str]]:
+    """Record id → "key=value" of what it has and most of the others have not; a key alone where that is clear.
+
+    leaves: as `_leaves` gives them.
+    """
+    counted: dict[str, Counter] = {}
+    for parts in zip(*leaves.values(), strict=True):
+        found = {id(settings): settings for settings in parts}
+        counts = Counter(map(id, parts))
+        for key in {key for settings in found.values() for key in settings}:
+            counted[key] = Counter()
+            for part, settings in found.items():
+                counted[key][str(settings.get(key))] += counts[part]
+    differing = [key for key in sorted(counted) if len(counted[key]) > 1]
     differing = [key for key in differing if not key.endswith("._target_")] or differing
     tails = Counter(key.rpartition(".")[2] for key in differing)
     usual = {key: counted[key].most_common(1)[0] for key in differing}
     words: dict[str, list[str]] = {}
-    for record, found in leaves.items():
+    for record, (own, shared) in leaves.items():
         words[record] = []
         for key in differing:
             value, count = usual[key]
+            found = own if key in own else shared
             if found.get(key) is None or (str(found[key]) == value and 2 * count > len(leaves)):
                 continue
             tail = key.rpartition(".")[2]
@@ -202,17 +216,22 @@ def title_of(record: RunRecord) -> str:
     return shortened(str(record.card.get("title") or name), LONGEST_TITLE)
 
 
-def _leaves(record: RunRecord, known: dict[tuple, _Settings]) -> _Settings:
-    """Settings by which two runs of one method may differ: dotted name → value. known: sections seen before, by id."""
-    evaluation = record.config.get("evaluation") or {}
-    found: dict[str, Any] = {"seed": record.config.get("seed"), "evaluation": evaluation.get("name")}
-    sections = ["method", *(["calibration"] if record.card.get("calibrates", True) is True else [])]
-    for name in sections:
-        section = record.config.get(name)
-        if (name, id(section)) not in known:
-            known[name, id(section)] = _settings(name, section)
-        found |= known[name, id(section)]
-    return found
+def _leaves(record: RunRecord, known: dict[tuple, _Settings]) -> tuple[_Settings, _Settings]:
+    """Settings by which two runs of one method may differ: of this run, and of its method and its calibration.
+
+    known: those found before, by what makes them; both are one object for all records that agree in them.
+    """
+    seed, evaluation = record.config.get("seed"), (record.config.get("evaluation") or {}).get("name")
+    calibrates = record.card.get("calibrates", True) is True
+    sections = {name: record.config.get(name) for name in ("method", *(("calibration",) if calibrates else ()))}
+    run, method = (repr(seed), repr(evaluation)), (calibrates, *map(id, sections.values()))
+    if run not in known:
+        known[run] = {"seed": seed, "evaluation": evaluation}
+    if method not in known:
+        known[method] = {}
+        for name, section in sections.items():
+            known[method] |= _settings(name, section)
+    return known[run], known[method]
 
 
 def _settings(name: str, section: Any) -> _Settings:

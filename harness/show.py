@@ -35,6 +35,7 @@ MEANING = {
     "outputs": "share of the energy of each linear's output that is error, on one passage and the original's inputs",
     "weights": "share of the energy of each linear's weights that is error, scales moved between layers taken out",
 }
+OLDER = "not recorded: made before records had them; the command above with force=true makes them"
 LEFT_OUT = ("card", "bits", "sparsity")  # of the configuration: said elsewhere
 
 
@@ -125,7 +126,7 @@ def _layers(record: RunRecord, width: int, errors: str) -> str:
     """Blocks downwards, kinds of linears across; below, the largest, and the median of the other kind of error."""
     found: dict[str, float] = getattr(record, ERRORS[errors])
     if not found:
-        why = "none: it is what others are compared with" if is_dense(record) else "not recorded"
+        why = "none: it is what others are compared with" if is_dense(record) else OLDER
         return f"  {markup.plain(str(record.environment.get('no_layer_errors') or why))}"
     table: dict[str, dict[str, float]] = {}
     for name, error in found.items():

@@ -208,4 +208,6 @@ def difference_quantile(values: ArrayLike) -> float | None:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return None
+    if values.min() == values.max():
+        return 0.0  # their mean may be rounded to another number
     return float(student_quantile(len(values) - 1) * sqrt(2) * values.std(ddof=1))

@@ -25,7 +25,6 @@ CSV_HEADS = (
     *("sparsity", "status", "failed_stage", "failure_reason", "metric", "value", "low", "high", "unit", "on", "better"),
     *("note", "finished", "record", "baseline"),
 )
-NO_ENDS = ("", "")
 
 
 def to_csv(records: Iterable[RunRecord]) -> str:
@@ -52,11 +51,9 @@ def to_csv(records: Iterable[RunRecord]) -> str:
             )
         )
         source = cells((record.finished, record.id, record.baseline))
-        for m in record.measurements:
-            value = "" if m.value is None else m.value
-            low, high = m.interval or NO_ENDS
-            about = words(m.unit, m.on, m.better, m.note)
-            lines.append(f"{run},{word(m.metric)},{value},{low},{high},{about},{source}")
+        numbers = record.number_texts.split("\n") if record.measurements else []
+        for m, number in zip(record.measurements, numbers, strict=True):
+            lines.append(f"{run},{word(m.metric)},{number},{words(m.unit, m.on, m.better, m.note)},{source}")
         if not record.measurements:
             lines.append(f"{run},{cells([None] * 8)},{source}")
     return "\n".join(lines) + "\n"

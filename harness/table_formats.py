@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from harness import markup
@@ -74,25 +74,36 @@ def to_markdown(title: str, blocks: Sequence[Block], absent: str = "", width: in
 
     width: characters that a line of a table may have, if its columns allow.
     """
-    wrapped = partial(_wrapped, width=min(PROSE_WIDTH, max(width, LEAST_WIDTH)))
-    parts = [f"## {markup.markdown(title)}"] if title else []
-    for block in blocks:
-        parts.append(f"### {markup.markdown(block.title)}")
-        parts.append("\n".join(wrapped(f"- {markup.markdown(line)}") for line in block.protocol))
-        parts += _markdown_tables(block, width)
-        signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
-        below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
-        below += [f"- {_superscript([k])} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
-        below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
-        parts.append("\n".join(map(wrapped, below)))
-    if absent:
-        parts.append(wrapped(f"not run here: {markup.markdown(absent)}"))
+    return markdown_page(title, [markdown_block(block, width) for block in blocks], absent, width)
+
+
+def markdown_page(title: str, blocks: Sequence[str], absent: str = "", width: int = 160) -> str:
+    """The same from blocks that are Markdown already."""
+    parts = [f"## {markup.markdown(title)}" if title else "", *blocks]
+    parts.append(_wrapped(f"not run here: {markup.markdown(absent)}", width) if absent else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def markdown_block(block: Block, width: int = 160) -> str:
+    """One block with its heading, without an end of line."""
+    signs = [*block.signs, *(["±: half of the 95 % interval"] if block.has_intervals else [])]
+    below = [f"- {markup.markdown('; '.join(signs))}"] if signs else []
+    below += [f"- {_superscript((k,))} {markup.markdown(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"- not run here: {markup.markdown(block.absent)}"] if block.absent else []
+    parts = [
+        f"### {markup.markdown(block.title)}",
+        "\n".join(_wrapped(f"- {markup.markdown(line)}", width) for line in block.protocol),
+        *_markdown_tables(block, width),
+        "\n".join(_wrapped(line, width) for line in below),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _wrapped(text: str, width: int) -> str:
+    """Prose in lines that fit where a table has `width` characters."""
+    fitting = min(PROSE_WIDTH, max(width, LEAST_WIDTH))
     indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, fitting, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown_tables(block: Block, width: int) -> list[str]:
@@ -141,15 +152,20 @@ def _columns_by_part(widths: list[int], block: Block, width: int) -> list[list[i
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = markup.markdown(cell.value)
-    value = f"**{text}**" if cell.bold else text
-    if cell.notes:
-        value += _superscript(cell.notes)
-    if not (cell.half_width or cell.sign):
-        return value
-    return " ".join(filter(None, [value, cell.half_width, cell.sign]))
+    value, _, half_width, sign, bold, notes = cell
+    text = markup.markdown(value)
+    if bold:
+        text = f"**{text}**"
+    if notes:
+        text += _superscript(notes)
+    return _spaced(text, half_width, sign) if half_width or sign else text
 
 
+def _spaced(*parts: str) -> str:
+    return " ".join(filter(None, parts))
+
+
+@lru_cache
 def _superscript(numbers: Sequence[int]) -> str:
     return "˒".join(str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) for n in numbers)
 
@@ -167,17 +183,20 @@ def to_latex(title: str, blocks: Sequence[Block], absent: str = "") -> str:
     A float cannot break: rows beyond a page and columns beyond its width go into further floats of the same block,
     and what is said about a block stands below them as text.
     """
-    tables = [_latex_block(title, block) for block in blocks]
-    if absent:
-        tables.append(f"not run here: {markup.latex(absent)}")
-    return "\n\n".join(tables) + "\n"
+    return latex_page([latex_block(title, block) for block in blocks], absent)
 
 
-def _latex_block(title: str, block: Block) -> str:
+def latex_page(blocks: Sequence[str], absent: str = "") -> str:
+    """The same from blocks that are LaTeX already."""
+    return "\n\n".join([*blocks, *([f"not run here: {markup.latex(absent)}"] if absent else [])]) + "\n"
+
+
+def latex_block(title: str, block: Block) -> str:
+    """The floats of one block and the text below them, without an end of line."""
     caption = markup.latex(f"{title}: {block.title}" if title else block.title)
+    by_column = list(zip(*(row.cells for row in block.rows if row.cells), strict=True)) or [()] * len(block.heads)
     widths = [
-        max(len(head), *(_latex_length(row.cells[k]) for row in block.rows if row.cells), 1)
-        for k, head in enumerate(_heads(block))
+        max(len(head), *map(_latex_length, column), 1) for head, column in zip(_heads(block), by_column, strict=True)
     ]
     parts = []
     for columns in _columns_by_part(widths, block, LATEX_WIDTH):
@@ -202,11 +221,12 @@ def _with_heading(rows: Sequence[Row], first: int, last: int) -> list[Row]:
 
 
 def _latex_length(cell: Cell) -> int:
-    spaces = bool(cell.interval) + bool(cell.sign)
-    notes = len(",".join(map(str, cell.notes))) // 2 if cell.notes else 0
-    return (
-        len(cell.value) + len(cell.interval) + len(cell.sign) + (spaces if cell.value else max(0, spaces - 1)) + notes
-    )
+    value, interval, _, sign, _, notes = cell
+    length = len(value) + (len(",".join(map(str, notes))) // 2 if notes else 0)
+    if interval or sign:
+        spaces = bool(interval) + bool(sign)
+        length += len(interval) + len(sign) + (spaces if value else spaces - 1)
+    return length
 
 
 def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Sequence[Row]) -> str:
@@ -230,20 +250,17 @@ def _latex_float(caption: str, block: Block, columns: Sequence[int], rows: Seque
 def _latex_row(row: Row, columns: Sequence[int]) -> str:
     if row.group:
         return rf"\multicolumn{{{len(columns)}}}{{l}}{{\emph{{{markup.latex(row.group)}}}}} \\"
-    return " & ".join(_latex_cell(row.cells[k]) for k in columns) + r" \\"
+    return " & ".join([_latex_cell(row.cells[k]) for k in columns]) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:
-    text = markup.latex(cell.value)
-    value = rf"\textbf{{{text}}}" if cell.bold else text
-    notes = f"$^{{{','.join(map(str, cell.notes))}}}$" if cell.notes else ""
+    value, interval, _, sign, bold, notes = cell
+    text = markup.latex(value)
     # braces keep a leading bracket from being taken for the option of the \\ before it
-    parts = [f"{{{value}}}{notes}"]
-    if cell.interval:
-        parts.append(markup.latex(cell.interval))
-    if cell.sign:
-        parts.append(markup.latex(cell.sign))
-    return " ".join(parts)
+    text = rf"{{\textbf{{{text}}}}}" if bold else f"{{{text}}}"
+    if notes:
+        text += f"$^{{{','.join(map(str, notes))}}}$"
+    return _spaced(text, markup.latex(interval), markup.latex(sign)) if interval or sign else text
 
 
 # ---------------------------------------------------------------------------------------------------- HTML
@@ -270,17 +287,12 @@ figcaption { font-weight: 600; }
 
 def to_html(title: str, blocks: Sequence[Block], absent: str = "", figures: Sequence[str] = ()) -> str:
     """One page without scripts or requests; figures: HTML that stands below the tables."""
-    body = [f"<h1>{markup.html(title)}</h1>"]
-    for block in blocks:
-        below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
-        below += [f"<sup>{k}</sup> {markup.html(text)}" for k, text in enumerate(block.notes, 1)]
-        below += [f"not run here: {markup.html(block.absent)}"] if block.absent else []
-        body += [
-            f"<h2>{markup.html(block.title)}</h2>",
-            _html_list(markup.html(line) for line in block.protocol),
-            _html_table(block),
-            _html_list(below),
-        ]
+    return html_page(title, [html_block(block) for block in blocks], absent, figures)
+
+
+def html_page(title: str, blocks: Sequence[str], absent: str = "", figures: Sequence[str] = ()) -> str:
+    """The same from blocks that are HTML already."""
+    body = [f"<h1>{markup.html(title)}</h1>", *blocks]
     if absent:
         body.append(f"<p>not run here: {markup.html(absent)}</p>")
     if figures:
@@ -295,6 +307,20 @@ def to_html(title: str, blocks: Sequence[Block], absent: str = "", figures: Sequ
         "</body></html>",
     ]
     return "\n".join(lines) + "\n"
+
+
+def html_block(block: Block) -> str:
+    """One block with its heading, without an end of line."""
+    below = [markup.html(sign) for sign in (*block.signs, *_interval_sign(block))]
+    below += [f"<sup>{k}</sup> {markup.html(text)}" for k, text in enumerate(block.notes, 1)]
+    below += [f"not run here: {markup.html(block.absent)}"] if block.absent else []
+    parts = [
+        f"<h2>{markup.html(block.title)}</h2>",
+        _html_list(markup.html(line) for line in block.protocol),
+        _html_table(block),
+        _html_list(below),
+    ]
+    return "\n".join(parts)
 
 
 def _html_list(items: Iterable[str]) -> str:
@@ -319,11 +345,15 @@ def _html_row(row: Row, kinds: list[str]) -> str:
 
 
 def _html_cell(cell: Cell) -> str:
-    text = markup.html(cell.value)
-    value = f"<strong>{text}</strong>" if cell.bold else text
-    notes = f"<sup>{', '.join(map(str, cell.notes))}</sup>" if cell.notes else ""
-    interval = f"<small>{markup.html(cell.interval)}</small>" if cell.interval else ""
-    return " ".join(filter(None, [value + notes, interval, markup.html(cell.sign)]))
+    value, interval, _, sign, bold, notes = cell
+    text = markup.html(value)
+    if bold:
+        text = f"<strong>{text}</strong>"
+    if notes:
+        text += f"<sup>{', '.join(map(str, notes))}</sup>"
+    if interval:
+        interval = f"<small>{markup.html(interval)}</small>"
+    return _spaced(text, interval, markup.html(sign)) if interval or sign else text
 
 
 def _heads(block: Block) -> list[str]:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,20 @@ from harness.rows import (
 )
 from harness.side_by_side import KINDS, in_one
 from harness.table_csv import to_csv
-from harness.table_formats import Block, Cell, Row, to_html, to_latex, to_markdown
+from harness.table_formats import (
+    Block,
+    Cell,
+    Row,
+    html_block,
+    html_page,
+    latex_block,
+    latex_page,
+    markdown_block,
+    markdown_page,
+    to_markdown,
+)
 from harness.taxonomy import DENSE, SURVEY, TABLES, Group, Table, table_named
+from harness.two_processes import shared_out
 from harness.wheels import default_cache
 
 COMPARED_WITH_DENSE = PROTOCOL_METRICS
@@ -59,6 +72,8 @@ SAME_AS_DENSE = "≈"
 COLLAPSED = "✗"
 WIDTH = 160  # characters of a line of a table in a file
 EMPTY = Cell()
+_two_digits = significant(2)
+MANY = 300  # records below which one process writes a table no later than two would
 
 
 @dataclass
@@ -84,7 +99,8 @@ def comparable(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
     known: dict[tuple, str] = {}  # sections that are one object in many records need writing out once
     records = list(records)  # holds them, and so what an id stands for
     for record in records:
-        parts = (record.model, *(id(record.config.get(key)) for key in SETTING), id(record.environment.get("machine")))
+        sections = [id(record.config.get(key)) for key in SETTING]
+        parts = (record.model, id(record.environment.get("machine")), *sections)
         if parts not in known:
             known[parts] = _setting(record)
         settings.setdefault(known[parts], {}).setdefault(_protocol(record), []).append(record)
@@ -117,7 +133,7 @@ def _evaluated_text(record: RunRecord) -> Any:
 
 
 def _protocol(record: RunRecord) -> frozenset[tuple[str, str]]:
-    return frozenset((m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS)
+    return frozenset([(m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS])
 
 
 def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
@@ -169,14 +185,22 @@ def blocks_of(
 
     across: "model" or "machine", to set them side by side in one block. Raises ConfigError where they do not compare.
     """
+    return [make() for make in _blocks(table, records, strict, judge, across)]
+
+
+def _blocks(
+    table: Table, records: Sequence[RunRecord], strict: bool, judge: Judge | None, across: str | None
+) -> list[Callable[[], Block]]:
+    """What makes each of these blocks. Raises as `blocks_of` does, before any of them is made."""
     rows = [r for r in records if name_of(r) == DENSE.name or group_of(r) in table.groups]
     split = [b for b in comparable(rows) if any(name_of(r) != DENSE.name for r in b)]
     if strict:
         _refuse_several(split)
     if across is not None:
         names = {"model": lambda r: r.model, "machine": lambda r: f"{hardware_name(r)} · {machine_in_words(r)}"}
-        return [in_one(split, across, names, _protocol, lambda side: _block(side, table.groups, judge, short=True))]
-    return [_block(records, table.groups, judge) for records in split]
+        block = in_one(split, across, names, _protocol, partial(_block, groups=table.groups, judge=judge, short=True))
+        return [lambda: block]
+    return [partial(_block, records, table.groups, judge) for records in split]
 
 
 def _one_dense(records: list[RunRecord]) -> list[RunRecord]:
@@ -215,12 +239,13 @@ def _block(
     labels = row_labels(records)
     notes = _Notes()
     remarks = partial(remarks_of, beside=records) if footnotes else lambda _: []
-    found = [[measured(record, column) for column in columns] for record in records]
-    best, same = _best(records, columns, found, judge), _same_as_dense(records, columns, found, judge)
+    found = measured(records, columns)
+    texts = [[_shown(m, c) for m, c in zip(numbers, columns, strict=True)] for numbers in found]
+    best, same = _best(records, columns, found, texts, judge), _same_as_dense(records, columns, found, judge)
     heads = ["Method", "Bits", *(["sparsity"] if swept else []), *(c.head for c in columns)]
     rows: list[Row] = []
     previous: Group | None = None
-    for record, numbers in zip(records, found, strict=True):
+    for record, numbers, shown in zip(records, found, texts, strict=True):
         group = group_of(record)
         if groups and group is not None and group is not previous:
             rows.append(Row(group=f"{group.title} ({group.source})"))
@@ -236,8 +261,8 @@ def _block(
             sparsity = sparsity_of(record)
             cells.append(Cell("" if sparsity is None else str(sparsity)))
         cells += [
-            _cell(number, c, (record.id, c.head) in best, (record.id, c.head) in same)
-            for c, number in zip(columns, numbers, strict=True)
+            _cell(number, text, c, (record.id, c.head) in best, (record.id, c.head) in same)
+            for c, number, text in zip(columns, numbers, shown, strict=True)
         ]
         if record.status == "failed":
             gap = next((k for k in range(len(cells) - len(columns), len(cells)) if not cells[k].value), 0)
@@ -273,21 +298,33 @@ def _sparsities(records: list[RunRecord]) -> bool:
     return any(sparsity_of(record) is not None for record in records)
 
 
-def _cell(measurement: Measurement | None, column: Column, bold: bool, same: bool) -> Cell:
+def _shown(measurement: Measurement | None, column: Column) -> str:
+    """The digits in a cell; "" without a number."""
+    if measurement is None or measurement.value is None:
+        return ""
+    return column.quantity.show(_scale(measurement, column) * measurement.value)
+
+
+def _scale(measurement: Measurement, column: Column) -> float:
+    return 1.0 if measurement.unit == "%" else column.quantity.scale
+
+
+def _cell(measurement: Measurement | None, text: str, column: Column, bold: bool, same: bool) -> Cell:
     if measurement is None:
         return EMPTY
-    collapsed = COLLAPSED if "collapsed" in measurement.note else ""
-    if measurement.value is None:
-        return Cell(sign=collapsed)
-    quantity = column.quantity
-    scale = 1.0 if measurement.unit == "%" else quantity.scale
+    sign = COLLAPSED if "collapsed" in measurement.note else ""
+    if not text:
+        return Cell(sign=sign)
     interval = half_width = ""
-    if measurement.interval and quantity.interval:
-        low, high = (scale * end for end in measurement.interval)
-        interval = f"[{quantity.interval(low)}–{quantity.interval(high)}]"
-        half_width = f"±{significant(2)((high - low) / 2)}"
-    sign = f"{SAME_AS_DENSE if same else ''} {collapsed}".strip()
-    return Cell(quantity.show(scale * measurement.value), interval, half_width, sign, bold)
+    if measurement.interval and (show := column.quantity.interval):
+        scale = _scale(measurement, column)
+        low, high = measurement.interval
+        low, high = scale * low, scale * high
+        interval = f"[{show(low)}–{show(high)}]"
+        half_width = f"±{_two_digits((high - low) / 2)}"
+    if same:
+        sign = f"{SAME_AS_DENSE} {sign}" if sign else SAME_AS_DENSE
+    return Cell(text, interval, half_width, sign, bold)
 
 
 _Numbers = Sequence[Measurement | None]  # of one row, for each column
@@ -313,34 +350,34 @@ def _arms(rows: Iterable[tuple[RunRecord, _Numbers]], k: int) -> list[Arm]:
     return [(record, m) for record, numbers in rows if (m := numbers[k]) is not None and m.value is not None]
 
 
-def _best(records: list[RunRecord], columns: list[Column], found: list[_Numbers], judge: Judge) -> set[tuple[str, str]]:
+def _best(
+    records: list[RunRecord], columns: list[Column], found: list[_Numbers], texts: list[list[str]], judge: Judge
+) -> set[tuple[str, str]]:
     """Record and head of every best value, and what ties with it, among rows of equal bits and sparsity.
 
     A reference, a failed or a collapsed row is no competitor; a value alone or equal to all others is not best.
     """
-    rivals: dict[tuple, list[tuple[RunRecord, _Numbers]]] = {}
-    for record, numbers in zip(records, found, strict=True):
+    rivals: dict[tuple, list[int]] = {}
+    for row, record in enumerate(records):
         if name_of(record) != DENSE.name and record.status == "finished" and not has_collapsed(record):
-            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append((record, numbers))
+            rivals.setdefault((widths(record), str(sparsity_of(record))), []).append(row)
     best = set()
     for group in rivals.values():
         for k, column in enumerate(columns):
-            rows = _arms(group, k)
+            shown = [texts[row][k] for row in group]
+            rows = _arms(((records[row], found[row]) for row in group), k)
             if len(rows) > 1:
-                ties = _ties(column, rows, judge)
+                ties = _ties(column, rows, [text for text in shown if text], judge)
                 best |= {(id, column.head) for id in ties if len(ties) < len(rows)}
     return best
 
 
-def _ties(column: Column, rows: list[Arm], judge: Judge) -> set[str]:
+def _ties(column: Column, rows: list[Arm], shown: list[str], judge: Judge) -> set[str]:
     """Which of these records hold the best value: equal to it in the digits shown, or not told from it by a test."""
-
-    def shown(m: Measurement) -> str:
-        return column.quantity.show(column.quantity.scale * m.value)
-
-    top = (min if column.better == "lower" else max)(rows, key=lambda arm: arm[1].value)
-    best = shown(top[1])
-    return {record.id for record, m in rows if shown(m) == best} | judge.ties(rows, top)
+    values = [m.value for _, m in rows]
+    top = values.index((min if column.better == "lower" else max)(values))
+    equal = {record.id for (record, _), text in zip(rows, shown, strict=True) if text == shown[top]}
+    return equal | judge.ties(rows, rows[top])
 
 
 @dataclass(frozen=True)
@@ -355,11 +392,11 @@ def _kernels(records: list[RunRecord]) -> _Kernels:
         record.id: (record.find("time_per_output_token_ms") or record.find("decode_tokens_per_second") or _NONE).note
         for record in records
     }
-    parts = {id: note.partition("; ")[0].split(", ") for id, note in notes.items() if note}
+    parts = {note: note.partition("; ")[0].split(", ") for note in dict.fromkeys(notes.values()) if note}
     rest = [set(q[1:]) for q in parts.values()]
     shared = set.intersection(*rest) if rest else set()
-    each = {id: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for id, q in parts.items()}
-    return _Kernels(", ".join(sorted(shared)), each)
+    words = {note: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for note, q in parts.items()}
+    return _Kernels(", ".join(sorted(shared)), {id: words[note] for id, note in notes.items() if note})
 
 
 _NONE = Measurement("", None, "", "", "lower")
@@ -425,17 +462,25 @@ def write_table(
     title = f"Table {table.number}: {table.title}"
     absent = "" if members else ", ".join(system.title for system in table.systems)
     source = f"systems and order: {SURVEY}"
-    blocks = blocks_of(table, records, strict, judge, across)
-    wide = to_markdown(title, blocks, absent, WIDTH)
-    for suffix, content in (
-        ("md", f"{wide}\n{source}\n"),
-        ("tex", to_latex(title, blocks, absent)),
-        ("html", to_html(title, blocks, absent, learning_curves(shown, _curve_title))),
-        ("csv", to_csv(shown)),
-    ):
-        write_text_atomically(content, folder / f"{table.name}.{suffix}")
     width = terminal_width()
-    return wide if width == WIDTH else to_markdown(title, blocks, absent, width)
+
+    def write(suffix: str, content: str) -> None:
+        write_text_atomically(content, folder / f"{table.name}.{suffix}")
+
+    def texts(make: Callable[[], Block]) -> tuple[str, ...]:
+        block = make()
+        wide = markdown_block(block, WIDTH)
+        seen = wide if width == WIDTH else markdown_block(block, width)
+        return wide, seen, latex_block(title, block), html_block(block)
+
+    jobs = [partial(texts, make) for make in _blocks(table, records, strict, judge, across)]
+    jobs[:0] = [lambda: write("csv", to_csv(shown)), lambda: learning_curves(shown, _curve_title)]
+    _, curves, *written = shared_out(jobs, worthwhile=len(shown) >= MANY)
+    wide, seen, latex, html = ([parts[k] for parts in written] for k in range(4))
+    write("md", f"{markdown_page(title, wide, absent, WIDTH)}\n{source}\n")
+    write("tex", latex_page(latex, absent))
+    write("html", html_page(title, html, absent, curves))
+    return markdown_page(title, seen, absent, width)
 
 
 def _curve_title(record: RunRecord) -> str:
@@ -462,8 +507,11 @@ options
 OPTIONS = ("paths.results", "model", "hardware", "across", "strict")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit status 0; 1 when a record could not be read; 2 for what was typed wrong."""
+def main(arguments: Sequence[str], held: list[RunRecord] | None = None) -> int:
+    """Exit status 0; 1 when a record could not be read; 2 for what was typed wrong.
+
+    held: takes the records, for a process that ends at once: freeing millions of objects one by one is of no use to it.
+    """
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
@@ -476,7 +524,7 @@ def main(arguments: Sequence[str]) -> int:
         if across is not None:
             check_name(across, KINDS, "across")
         with without_collector():
-            broken = _write_tables(names, options, results, strict, across)
+            broken = _write_tables(names, options, results, strict, across, held)
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
@@ -491,11 +539,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write_tables(
-    names: Sequence[str], options: dict[str, str], results: Path, strict: bool, across: str | None
+    names: Sequence[str],
+    options: dict[str, str],
+    results: Path,
+    strict: bool,
+    across: str | None,
+    held: list[RunRecord] | None,
 ) -> list[str]:
-    """Write and print these tables; return why records could not be read. Nothing else is left in memory."""
+    """Write and print these tables; return why records could not be read. Nothing but `held` is left in memory."""
     judge = judge_of(results)
     records, broken = read_folder(results)
+    if held is not None:
+        held += records
     records = chosen(records, options)
     for name in names:
         print(write_table(table_named(name), records, results / "tables", strict, judge, across))
@@ -550,4 +605,7 @@ def chosen(records: list[RunRecord], options: dict[str, str]) -> list[RunRecord]
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends quietly; of a process that is ours alone
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:], held := [])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

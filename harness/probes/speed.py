@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from harness.method import LanguageModel
 
 FOREIGN_LOAD = 0.1  # share of this process's cores that others may take before the row says so
+DISTURBED = "other processes used"  # how the note begins
 PERCENTILES = (50, 90, 99)
 
 
@@ -185,7 +186,7 @@ class ForeignLoad:
         if now is None or self.others is None:
             return ""
         share = (now - self.others) / max(time.monotonic() - self.started, 1e-9) / self.threads
-        return f"other processes used {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
+        return f"{DISTURBED} {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
 
     def _others(self) -> float | None:
         others = _others_cpu_seconds()

@@ -33,6 +33,7 @@ def test_the_floor_is_student_s_share_of_the_median():
     spreads = spreads_of(repeats(10.0, 11.0, 9.0))
     assert spreads["time_per_output_token_ms"][TIME[1]] == pytest.approx(4.303 * np.sqrt(2) * 1.0 / 10, rel=1e-3)
     assert spreads["perplexity"] == {QUICK: 0.0}
+    assert spreads_of(repeats(0.1, 0.1, 0.1))["time_per_output_token_ms"] == {TIME[1]: 0.0}, "their mean is not 0.1"
 
 
 def test_numbers_that_a_repeat_lacks_and_zeros_have_none():
@@ -57,15 +58,39 @@ def test_a_record_finds_the_floor_of_its_machine_and_of_its_workload(tmp_path):
 def test_measuring_runs_it_as_often_as_asked_and_a_failure_is_no_floor(tmp_path, monkeypatch):
     runs = iter(repeats(10.0, 10.5, 9.5))
     said = []
-    monkeypatch.setattr("harness.run.run", lambda *_, **__: Outcome("finished", "GPTQ", record=next(runs)))
+
+    def run(config, paths, **_):
+        kept = paths.scratch / "statistics"
+        assert not kept.exists(), "or the next run would not collect its own"
+        kept.mkdir(parents=True)
+        return Outcome("finished", "GPTQ", record=next(runs))
+
+    monkeypatch.setattr("harness.run.run", run)
     config = {"card": {"title": "GPTQ", "bits": 4}, "model": {"name": "tiny"}, "hardware": {"device": "cpu"}}
     found = measure(config, tmp_path, tmp_path, 3, said.append)
     assert (found.runs, found.threads, len(said)) == (3, 2, 3)
     assert "time_per_output_token_ms" in noise_floor.report(found)
+    assert "Other processes" not in noise_floor.report(found)
     broken = Outcome("failed", "GPTQ", "out of memory", record=failed(record("gptq", 4)))
     monkeypatch.setattr("harness.run.run", lambda *_, **__: broken)
     with pytest.raises(RunError, match="run 1 of 3 failed: out of memory"):
         measure(config, tmp_path, tmp_path, 3, said.append)
+
+
+def test_a_floor_of_a_busy_machine_says_so(tmp_path, monkeypatch):
+    quiet, *busy = repeats(10.0, 10.5, 9.5)
+    runs = iter([quiet, *(disturbed(run) for run in busy)])
+    monkeypatch.setattr("harness.run.run", lambda *_, **__: Outcome("finished", "GPTQ", record=next(runs)))
+    config = {"card": {"title": "GPTQ", "bits": 4}, "model": {"name": "tiny"}, "hardware": {"device": "cpu"}}
+    found = measure(config, tmp_path, tmp_path, 3, lambda _: None)
+    assert found.disturbed == 2
+    assert "beside 2 of the runs" in noise_floor.report(found)
+
+
+def disturbed(run):
+    perplexity, time = run.measurements
+    note = "int4 packed (torch); other processes used 31% of the cores meanwhile"
+    return replace(run, measurements=[perplexity, replace(time, note=note)])
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["runs=2"], "at least 3"), (["methd=awq"], "unknown option")])

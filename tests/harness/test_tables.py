@@ -123,8 +123,9 @@ def test_every_column_holds_one_workload():
     """Whatever the mixture, in each block all measurements behind a protocol's column have one `on`."""
     mixed = sweep() + sweep(on=LONG) + sweep(batches=(1, 8)) + sweep(machine=XEON) + [record("gptq", 4, model="other")]
     for group in tables.comparable(mixed):
-        for column in columns.columns_of(group):
-            found = [m for r in group if (m := columns.measured(r, column))]
+        filled = columns.columns_of(group)
+        for column, numbers in zip(filled, zip(*columns.measured(group, filled), strict=True), strict=True):
+            found = [m for m in numbers if m]
             assert column.quantity.metric == "compress_seconds" or len({m.on for m in found}) == 1
 
 
