@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from harness.engines.attention import attention_of, needs_plain_rows, use_attention
 from harness.engines.captured import CapturedSteps
+from harness.engines.joined import join_linears
 from harness.errors import RunError
 
 if TYPE_CHECKING:
@@ -406,7 +407,8 @@ class TransformersEngine:
         """Make the module ready to be scored or timed in `dtype`.
 
         Layers that prepare themselves do; all other parameters are cast. Buffers stay as they are: rotary
-        frequencies in bfloat16 would move every position.
+        frequencies in bfloat16 would move every position. Where steps are captured on a GPU, packed layers that read
+        one tensor are joined.
         Raises ValueError for scoring after decoding: packed weights may be gone and dense ones are rounded.
         """
         if self._mode == "decoding" and mode == "scoring":
@@ -414,6 +416,8 @@ class TransformersEngine:
                 "this model was prepared for decoding, which rounds its weights; load it again to score it"
             )
         _prepare(self.module, mode, dtype)
+        if mode == "decoding" and self._captures and self.module.device.type == "cuda":
+            join_linears(self.module)
         self._mode = mode
 
     def kernels(self) -> str:

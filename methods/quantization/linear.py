@@ -208,7 +208,8 @@ class QuantizedLinear(PackedLinear):
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
         self.register_buffer("operand", None, persistent=False)
         self.register_buffer("operand_scale", None, persistent=False)
-        self.register_buffer("operand_zero", None, persistent=False)  # of our GPU kernels
+        self.register_buffer("operand_zero", None, persistent=False)  # this and the next: of our GPU kernels
+        self.register_buffer("operand_lift", None, persistent=False)
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -317,23 +318,50 @@ class QuantizedLinear(PackedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias, through the packed kernel."""
         if self.operand_zero is not None:
+            from methods.quantization.packed_product import packed_product
+
             bits = 32 * self.operand.shape[1] // self.in_features
-            return torch.ops.harness.packed_product(x, self.operand, self.operand_scale, self.operand_zero, bits)
+            return packed_product(x, self.operand, self.operand_scale, self.operand_zero, self.operand_lift, bits)
         return self._int8(x) if self.kernel == INT8 else self._int4(x)
+
+    def joined(self, others: list[nn.Module]) -> QuantizedLinear | None:
+        """One layer with the outputs of this one and the others, made of their GPU operands; None where they differ.
+
+        For layers that are prepared for decoding, and stay as they are.
+        """
+        layers = [self, *others]
+        if any(type(layer) is not QuantizedLinear or layer.operand_zero is None for layer in layers):
+            return None
+        alike = {
+            (layer.in_features, layer.operand.shape[1], layer.operand_scale.shape[1], layer.operand_scale.dtype)
+            for layer in layers
+        }
+        if len(alike) > 1 or len({layer.bias is None for layer in layers}) > 1:
+            return None
+        with torch.device("meta"):
+            made = QuantizedLinear(**self.spec() | {"out_features": sum(layer.out_features for layer in layers)})
+        for name in made.stored_names:
+            setattr(made, name, None)
+        made.weight_shape = torch.tensor([made.out_features, made.in_features])
+        for name in ("operand", "operand_scale", "operand_zero", *(() if self.bias is None else ("bias",))):
+            setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
+        made.operand_lift, made.kernel, made.mode = self.operand_lift, self.kernel, self.mode
+        return made.train(self.training)
 
     def drop_operand(self) -> None:
         """Forget the packed operand."""
-        self.operand = self.operand_scale = self.operand_zero = None
+        self.operand = self.operand_scale = self.operand_zero = self.operand_lift = None
 
     def extra_repr(self) -> str:
         """Shape, grid and kernel."""
         return f"{self.in_features}, {self.out_features}, {self.grid}, kernel={self.kernel}"
 
     def _triton_operand(self) -> None:
-        from methods.quantization.packed_product import interleave, run_columns
+        from methods.quantization.packed_product import interleave, lifts, run_columns
 
-        run = run_columns(self.grid.width(self.in_features))
-        self.operand = interleave(self.codes(), slot_bits(self.grid.bits), run)
+        run, bits = run_columns(self.grid.width(self.in_features)), slot_bits(self.grid.bits)
+        self.operand = interleave(self.codes(), bits, run)
+        self.operand_lift = lifts(bits, run, self.operand.device)
         scales, shape = self.scales(), (self.out_features, self.grid.groups(self.in_features))
         self.operand_scale = scales.scale.expand(shape).contiguous()
         self.operand_zero = scales.zero.expand(shape).to(torch.uint8).contiguous()

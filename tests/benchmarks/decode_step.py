@@ -1,6 +1,7 @@
 """How close decoding comes to reading every byte once: products alone, then whole steps, dense against packed weights.
 
     python tests/benchmarks/decode_step.py                         # a GPU, the shape of Llama-2-7B, a few minutes
+    python tests/benchmarks/decode_step.py --no-products --batches 1 --profile --json steps.json
     python tests/benchmarks/decode_step.py --device cpu --model random-smollm2-135m --layers 2 --steps captured
 
 Prints a line a measurement and a table last. Random weights: times do not depend on the values, but inputs and weights
@@ -11,8 +12,10 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -50,6 +53,9 @@ def main() -> None:
         rows += whole_steps(variant, arguments, device, bandwidth)
     if rows:
         print(table(rows))
+    if arguments.json:
+        found = {"device": device_name(device), "torch": torch.__version__, "read bytes/s": bandwidth, "steps": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -63,6 +69,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--no-products", action="store_true", help="whole steps alone")
+    parser.add_argument("--profile", action="store_true", help="the kernels of a captured step, on a GPU")
+    parser.add_argument("--json", type=Path, help="where whole steps are written to as well")
     return parser.parse_args()
 
 
@@ -75,9 +83,10 @@ def shape_of(arguments: argparse.Namespace) -> dict:
 
 
 def products(device: torch.device, shape: dict, bandwidth: float) -> None:
-    """Every matrix of a block at several rows of input: dense, and 4 bits in groups of 128."""
-    hidden, wide = shape["hidden_size"], shape["intermediate_size"]
-    sizes = {(hidden, hidden), (wide, hidden), (hidden, wide)}
+    """Every matrix of a block, joined ones too, at several rows of input: dense, and 4 bits in groups of 128."""
+    hidden, wide, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    joined = hidden + 2 * hidden // heads * shape.get("num_key_value_heads", heads)
+    sizes = {(hidden, hidden), (joined, hidden), (wide, hidden), (2 * wide, hidden), (hidden, wide)}
     print("product            rows   dense us (share)   int4 us (share)   dense/int4")
     for outputs, columns in sorted(sizes):
         copies = 1 + int(120e6 // (2 * outputs * columns))  # more bytes than any cache holds
@@ -179,7 +188,31 @@ def whole_steps(variant: str, arguments: argparse.Namespace, device: torch.devic
             )
         )
         print(f"  {engine.kernels()}", flush=True)
+        if arguments.profile and device.type == "cuda":
+            print(kernels_of_a_step(engine), flush=True)
     return rows
+
+
+def kernels_of_a_step(engine) -> str:
+    """Microseconds and calls of every kernel of one step, as the graph of the last request replays it."""
+    slot, steps = engine._captured._slot, 3
+    if slot is None:
+        return f"  {engine.kernels()}: nothing was captured"
+    slot.cache.reset()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            slot.step()
+        torch.cuda.synchronize()
+    found = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name].append(event.time_range.elapsed_us())
+    lines = [
+        f"  {sum(times) / steps:9.1f} us {len(times) / steps:5.0f} x {statistics.mean(times):8.2f} {name[:90]}"
+        for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))
+    ]
+    return "\n".join(lines)
 
 
 def one_request(engine, prompt: torch.Tensor, new: int, device: torch.device) -> tuple[float, float]:

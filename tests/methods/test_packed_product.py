@@ -37,10 +37,76 @@ def test_products_are_those_of_the_decoded_weights(bits, outputs, columns, width
     spread = [t.double().repeat_interleave(width, 1) for t in (zero, scale)]
     expected = x.double() @ ((codes.double() - spread[0]) * spread[1]).t()
     slot = slot_bits(bits)
-    words = packed_product.interleave(codes, slot, packed_product.run_columns(width))
+    run = packed_product.run_columns(width)
+    words = packed_product.interleave(codes, slot, run)
     assert words.numel() * 32 == codes.numel() * slot
-    found = packed_product.packed_product(*(t.to(DEVICE) for t in (x, words, scale, zero)), slot).cpu()
+    operands = (words, scale, zero, packed_product.lifts(slot, run, "cpu"))
+    found = packed_product.packed_product(x.to(DEVICE), *(t.to(DEVICE) for t in operands), slot).cpu()
     assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("outputs", "columns", "width"), [(4, 128, 128), (40, 128, 64), (10, 9216, 128)])
+def test_a_program_of_several_blocks_and_parts_of_the_columns_add_up(outputs, columns, width):
+    """40 outputs are more blocks than the interpreter's one processor takes; 9,216 columns are three parts."""
+    codes = torch.randint(16, (outputs, columns), generator=GENERATOR, dtype=torch.uint8)
+    zero = torch.randint(16, (outputs, columns // width), generator=GENERATOR, dtype=torch.uint8)
+    scale, x = draw(outputs, columns // width).abs() + 0.1, draw(1, columns)
+    zeros, scales = (t.double().repeat_interleave(width, 1) for t in (zero, scale))
+    run = packed_product.run_columns(width)
+    operands = (packed_product.interleave(codes, 4, run), scale, zero, packed_product.lifts(4, run, "cpu"))
+    found = packed_product.packed_product(x.to(DEVICE), *(t.to(DEVICE) for t in operands), 4).cpu()
+    expected = x.double() @ ((codes.double() - zeros) * scales).t()
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "run"), [(2, 64), (4, 128), (4, 32), (8, 128)])
+def test_inputs_are_spread_in_the_order_of_the_codes(bits, run):
+    """Codes taken out of the words one after the other meet their columns; the kernel does what torch does."""
+    x, lift = draw(3, 2 * run).to(DEVICE), packed_product.lifts(bits, run, DEVICE)
+    columns = torch.arange(2 * run, dtype=torch.float32, device=DEVICE)[None]
+    order = packed_product.spread_columns(columns, len(lift), run)[0]
+    codes = torch.zeros(2 * run, 2 * run, dtype=torch.uint8, device=DEVICE).fill_diagonal_(1)
+    planes = packed_product.planes_of(run, bits)
+    words = packed_product.interleave(codes, bits, run).view(2 * run, planes, -1)
+    for slot in range(len(lift)):
+        plane, code = divmod(slot, 32 // bits)
+        here = (words[:, plane] >> (bits * code)) & 1  # [column, place]: the one place of each column, or none
+        assert torch.equal(here.argmax(0), order[slot].long())
+    spread = packed_product.spread_columns(x, len(lift), run)
+    assert torch.equal(spread * lift[:, None], packed_product.lifted_columns(x, lift, run // len(lift)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_layers_are_their_products_side_by_side(bias):
+    layers = [packed(torch.nn.Linear(128, outputs, bias=bias)) for outputs in (5, 3, 9)]
+    whole = layers[0].joined(layers[1:])
+    x = draw(2, 128).to(DEVICE)
+    assert torch.equal(whole(x), torch.cat([layer(x) for layer in layers], -1))
+    assert (whole.out_features, whole.kernel) == (17, layers[0].kernel)
+    assert {name for name, buffer in whole.named_buffers()} == {name for name, buffer in layers[0].named_buffers()}
+
+
+def test_layers_that_differ_are_not_joined():
+    layer = packed(torch.nn.Linear(128, 5))
+    for other in (
+        packed(torch.nn.Linear(128, 5), bits=8),
+        packed(torch.nn.Linear(128, 5), group_size=64),
+        packed(torch.nn.Linear(256, 5)),
+        packed(torch.nn.Linear(128, 5, bias=False)),
+        rounded_linear(torch.nn.Linear(128, 5), IntegerGrid(4, False, 128), torch.bfloat16),  # not prepared
+        torch.nn.Linear(128, 5),
+    ):
+        assert layer.joined([other]) is None
+
+
+def packed(linear: torch.nn.Linear, bits: int = 4, group_size: int = 128) -> QuantizedLinear:
+    """A layer prepared with the GPU's operand, wherever it is."""
+    layer = rounded_linear(linear, IntegerGrid(bits, False, group_size), torch.bfloat16).to(DEVICE)
+    layer._triton_operand()
+    for name in layer.stored_names:
+        setattr(layer, name, None)
+    layer.mode = "decoding"
+    return layer
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the layer chooses these kernels on a GPU alone")
