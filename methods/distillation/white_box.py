@@ -63,6 +63,6 @@ def fit(
         bench,
         what,
         first_step=first_step,
-        validate=lambda: held_out_loss(student.module, texts.held_out),
+        validate=lambda module: held_out_loss(module, texts.held_out),
         **more,
     )
