@@ -506,6 +506,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     on_gpu = device.startswith("cuda")
     by_block = on_gpu and getattr(parts.method, "computes_block_by_block", False)
     on_host = by_block and not getattr(parts.model, "drawn_on_device", False)
+    if device == "cuda" and environment.training_processes() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several that train together, each has its own
     base, origin = parts.model.load(Path(cache), "cpu" if on_host else device, dtype)
     if by_block:
         base.module.to("cpu")
