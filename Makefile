@@ -7,14 +7,14 @@ RUN := $(VENV)/bin/python
 TABLES := 1 2 3 4
 
 .PHONY: help setup demo test test-real test-browser test-launchers test-all fuzz lint format report noise-floor
-.PHONY: tables $(TABLES:%=table-%) wandb-sync wandb-report resolve constraints clean
+.PHONY: tables $(TABLES:%=table-%) wandb-sync wandb-report resolve audit constraints clean
 
 help:
 	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about ten minutes on 2 cores)"
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
 	@echo "make test-browser  the tests of the report in Chromium"
-	@echo "make test-launchers  sweeps in several processes"
+	@echo "make test-launchers  sweeps in several processes; on Slurm (Debian: slurm-wlm munge) and Ray where they are installed"
 	@echo "make fuzz        torn and hostile records, models, GGUF files, wheels: a minute for each (FUZZ_SECONDS)"
 	@echo "make report      results/report.html: plots and tables of all records; RESULTS=DIR for those of another folder"
 	@echo "make tables      every table, from the records in results/"
@@ -24,6 +24,7 @@ help:
 	@echo "make wandb-sync    upload runs that were logged offline, refusing incomplete ones; PROJECT=..., ENTITY=..."
 	@echo "make wandb-report  the tables as a W&B report and workspaces, with panels"
 	@echo "make resolve     does pip find versions for every extra? Downloads nothing but descriptions; needs a registry"
+	@echo "make audit       known vulnerabilities of the versions in constraints.txt; needs PyPI's own index"
 	@echo "make constraints constraints.txt: the versions in .venv, for pip install --constraint constraints.txt"
 	@echo "make lint        ruff: rules and format"
 	@echo "make setup       .venv with everything above (others call it); TORCH=... chooses another torch"
@@ -111,6 +112,11 @@ EXTRAS = joblib slurm ray peers vllm wandb dev
 resolve: setup
 	@failed=0; $(foreach extra,$(EXTRAS),echo "[$(extra)]"; $(RUN) -m pip install --dry-run --quiet --no-build-isolation \
 		--disable-pip-version-check ".[$(extra)]" || { echo "[$(extra)] does not resolve"; failed=1; };) exit $$failed
+
+# known vulnerabilities of the versions in constraints.txt; what could not be looked up counts as a failure
+audit:
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit; }
+	.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 constraints: setup
 	{ sed -n '/^#/p' constraints.txt; $(RUN) -m pip list --format=freeze --exclude-editable \

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,15 +190,37 @@ def tensor_bytes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def sha256(folder: Path) -> str:
-    """One hash over the weight files and the description: what was measured."""
+def sha256(folder: Path, hashes: dict[str, str] | None = None) -> str:
+    """One hash over the weight files and the description: what was measured.
+
+    hashes: of the files, where they are known (`file_hashes`).
+    """
+    hashes = file_hashes(folder, [*weight_files(folder), folder / DESCRIPTION]) if hashes is None else hashes
     digest = hashlib.sha256()
-    files = [*weight_files(folder), folder / DESCRIPTION]
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run: 13 GB of three files take as long as one
-        for file, hashed in zip(files, pool.map(file_sha256, files), strict=True):
-            digest.update(file.name.encode())
-            digest.update(bytes.fromhex(hashed))
+    for file in [*weight_files(folder), folder / DESCRIPTION]:
+        digest.update(file.name.encode())
+        digest.update(bytes.fromhex(hashes[file.name]))
     return digest.hexdigest()
+
+
+def file_hashes(folder: Path, files: Sequence[Path] | None = None) -> dict[str, str]:
+    """SHA-256 of the files of an artifact by name: of all, configuration and tokenizer too, where none are given."""
+    files = [file for file in folder.rglob("*") if file.is_file()] if files is None else files
+    files = sorted(files)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run: 13 GB of three files take as long as one
+        hashes = pool.map(file_sha256, files)
+        return {str(file.relative_to(folder)): hashed for file, hashed in zip(files, hashes, strict=True)}
+
+
+def changed_file(folder: Path, hashes: dict[str, str]) -> str:
+    """The first file that is not as it was when `hashes` were taken, or is gone; empty when all are."""
+    for name, known in hashes.items():
+        try:
+            if file_sha256(folder / name) != known:
+                return name
+        except OSError:
+            return name
+    return ""
 
 
 def state_to_store(lm: LanguageModel, replaced: dict[str, nn.Module]) -> dict[str, torch.Tensor]:

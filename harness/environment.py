@@ -31,7 +31,11 @@ PACKAGES = (
     "compressed-tensors",
 )
 DTYPES = ("float32", "bfloat16", "float16")
-USUAL = {"attention": None, "steps": "plain"}  # options that came later: at these values nothing is new
+USUAL = {
+    "attention": None,
+    "steps": "plain",
+    "sharded": False,
+}  # options that came later: at these values nothing is new
 STEPS = ("plain", "captured", "compiled", "auto")  # how tokens are decoded, see TransformersEngine
 
 
@@ -48,6 +52,7 @@ class Hardware:
     steps: how tokens are decoded in speed measurements: "plain", "captured" (a static cache, one CUDA graph for all
         steps), "compiled" (the same, the step compiled before: a minute or two for each shape of request), or "auto",
         which captures on a GPU.
+    sharded: processes that train a student together (`accelerate launch`) hold a part of it each, instead of all of it.
     compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.
     """
 
@@ -58,6 +63,7 @@ class Hardware:
     decoding_dtype: str = "auto"
     attention: str | None = None
     steps: str = "plain"
+    sharded: bool = False
     compress_seconds_limit: float = 14400
     evaluate_seconds_limit: float = 14400
 
@@ -102,6 +108,11 @@ class Hardware:
 def telling(hardware: dict[str, Any]) -> dict[str, Any]:
     """A hardware section without options at their usual values, which older records do not have."""
     return {key: value for key, value in hardware.items() if key not in USUAL or value != USUAL[key]}
+
+
+def training_processes() -> int:
+    """How many processes train a student together, as their launcher says in WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _cpu_flags() -> set[str]:

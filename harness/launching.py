@@ -10,12 +10,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import time
+import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from harness import slurm_queue
 from harness.errors import ConfigError
 
 LOST = "lost"
@@ -29,8 +30,8 @@ NEEDS = {  # launcher -> (module, extra)
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
     "ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
+    "ray_cluster": ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
-POLL_SECONDS = 0.5
 
 
 def missing(arguments: Sequence[str]) -> str:
@@ -115,15 +116,27 @@ def settle() -> None:
 
 
 def mark_of_this_process() -> dict[str, Any]:
-    """Which process works on a job."""
-    return {"host": socket.gethostname(), "process": os.getpid()}
+    """Which process works on a job, and for which job of Slurm."""
+    mark = {"host": socket.gethostname(), "process": os.getpid()}
+    job = slurm_queue.own_job()
+    return {**mark, "slurm_job": job} if job else mark
 
 
-def wait_for(entries: Sequence[dict[str, Any]]) -> None:
-    """Return when no process of this machine works on any of the marked jobs."""
-    here = [entry["process"] for entry in entries if entry["host"] == socket.gethostname()]
-    while any(_is_alive(process) for process in here if process != os.getpid()):
-        time.sleep(POLL_SECONDS)
+def is_at_work(mark: dict[str, Any]) -> bool | None:
+    """Whether another process still works on a marked job; None when this machine cannot know.
+
+    Slurm knows of its own jobs, on whatever machine; of other processes only their own machine does.
+    """
+    here = mark_of_this_process()
+    job = mark.get("slurm_job")
+    if job is not None and job != here.get("slurm_job"):
+        try:
+            return not slurm_queue.has_ended(job, slurm_queue.queue())
+        except (OSError, subprocess.SubprocessError):
+            return None
+    if mark["host"] != here["host"]:
+        return None
+    return mark["process"] != here["process"] and _is_alive(mark["process"])
 
 
 def _is_alive(process: int) -> bool:

@@ -106,6 +106,7 @@ class Bench:
     statistics: Path | None = None  # what the calibration text says about the uncompressed model; shared by a sweep
     cache: Path | None = None  # what is worth keeping between runs: downloads, answers of teachers; None: the scratch
     device: str | None = None  # where a method that goes block by block computes; None: where the model is
+    sharded: bool = False  # processes that train a student together hold a part of it each
 
 
 class Method(Protocol):

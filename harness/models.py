@@ -22,7 +22,7 @@ from harness import artifact, wheels
 from harness.environment import available_memory_bytes
 from harness.errors import ConfigError, RunError
 from harness.gguf_header import check_gguf
-from harness.records import write_text_atomically
+from harness.records import write_json_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -247,12 +247,15 @@ def _load_gguf(
 ) -> LanguageModel:
     """A GGUF file, converted on first use to a folder in the cache named by its hash, and checked ever after."""
     folder = cache / "models" / f"{digest[:12]}-{storage_dtype}"
-    checksum = folder.with_suffix(".sha256")
-    if not (folder / artifact.DESCRIPTION).exists() or not checksum.exists():
+    known = folder.with_suffix(".json")
+    if not (folder / artifact.DESCRIPTION).exists() or not known.exists():
         artifact.save(_convert_gguf(file, storage_dtype), folder)
-        write_text_atomically(artifact.sha256(folder), checksum)
-    if artifact.sha256(folder) != checksum.read_text(encoding="utf-8"):
-        raise RunError(f"{folder} changed after it was converted from {file.name}; delete it and run again")
+        write_json_atomically(artifact.file_hashes(folder), known)
+    changed = artifact.changed_file(folder, json.loads(known.read_text(encoding="utf-8")))
+    if changed:
+        raise RunError(
+            f"{folder / changed} changed after it was converted from {file.name}; delete {folder} and run again"
+        )
     return artifact.load(folder, device, dtype)
 
 

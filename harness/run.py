@@ -19,6 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,10 +188,16 @@ def _along(config: dict[str, Any], paths: Paths, title: str) -> Outcome:
 def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRecord:
     """Run a record's configuration again into another results folder, its baseline included.
 
-    Raises RunError when that fails.
+    Raises RunError when that fails, or when it was trained by another number of processes than run here.
     """
     from harness.wheels import default_cache
 
+    count = record.environment.get("training_processes", 1)
+    if count != environment.training_processes():
+        raise RunError(
+            f"{record.id} was trained by {count} processes together, which decides what a step reads: run its command "
+            f"again by accelerate launch --num_processes {count}, into another folder, and compare"
+        )
     outcome = run(record.config, Paths(results, cache or default_cache()), force=True)
     if outcome.record is None or outcome.status not in ("finished", "skipped"):
         raise RunError(f"running {record.id} again failed: {outcome.reason}")
@@ -282,7 +289,17 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     kept["machine"] = environment.machine_fingerprint()
     if not is_default(config.get("engine")):
         kept["engine"] = config["engine"]
+    if not _trains(config["method"]):
+        kept["hardware"].pop("sharded", None)
+    elif environment.training_processes() > 1:
+        kept["processes"] = environment.training_processes()  # each reads texts of its own in every step
     return kept
+
+
+def _trains(section: Any) -> bool:
+    if isinstance(section, list):
+        return any(map(_trains, section))
+    return isinstance(section, dict) and ("training" in section or any(map(_trains, section.values())))
 
 
 def _by_content(section: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +327,8 @@ def _file_state(path: Path) -> Any:
 
 def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
     """What a compressed model depends on: everything but the evaluation."""
-    return calibration_identity(wanted) | {key: wanted[key] for key in ("card", "method")}
+    own = {key: wanted[key] for key in ("card", "method", "processes") if key in wanted}
+    return calibration_identity(wanted) | own
 
 
 def calibration_identity(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +399,7 @@ def _measure(
     kept = paths.scratch / "measurements" / digest
     log = paths.scratch / "logs" / digest
     if force:
-        for folder in (artifact, artifact.with_name(artifact.name + ".work"), kept, samples):
+        for folder in (kept, samples):
             shutil.rmtree(folder, ignore_errors=True)
     record = RunRecord(
         id=digest,
@@ -400,8 +418,13 @@ def _measure(
     statistics = paths.scratch / "statistics" / digest_of(calibration_identity(wanted))
     threads = parts.hardware.thread_count
     measurements: list[Measurement] = []
+    readers = paths.scratch / "claims" / f"{artifact.name}.readers"
+    reading = ExitStack()
     try:
         with claims.claimed(paths.scratch / "claims" / artifact.name, say, "compress"):  # one model, many evaluations
+            if force:
+                _forget(artifact, readers, say)
+            reading.enter_context(claims.claimed(readers / digest, say, describe(config)))
             report = _compress({**shared, "statistics": str(statistics)}, artifact, parts.hardware, log, say)
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record = replace(record, **report.get("layers", {}))
@@ -430,7 +453,18 @@ def _measure(
     except stages.StageFailure as failure:
         reported = Failure(stage=failure.stage, reason=failure.reason)
         return replace(record, measurements=measurements, failure=reported, finished=_now())
+    finally:
+        reading.close()
     return replace(record, status="finished", measurements=measurements, finished=_now())
+
+
+def _forget(artifact: Path, readers: Path, say: Callable[[str], None]) -> None:
+    """Delete a compressed model once no other run reads it; none begins to meanwhile, because its claim is ours."""
+    for reader in sorted(readers.iterdir()) if readers.exists() else []:
+        with claims.claimed(reader, say, f"a run that reads {artifact.name}"):
+            pass
+    for folder in (artifact, artifact.with_name(artifact.name + ".work")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compress(
@@ -472,6 +506,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     on_gpu = device.startswith("cuda")
     by_block = on_gpu and getattr(parts.method, "computes_block_by_block", False)
     on_host = by_block and not getattr(parts.model, "drawn_on_device", False)
+    if device == "cuda" and environment.training_processes() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several that train together, each has its own
     base, origin = parts.model.load(Path(cache), "cpu" if on_host else device, dtype)
     if by_block:
         base.module.to("cpu")
@@ -489,6 +525,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         Path(statistics) if statistics else None,
         Path(cache),
         device if by_block else None,
+        parts.hardware.sharded,
     )
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -501,6 +538,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     if beside:
         return {}
     artifacts.save(compressed, folder)
+    hashes = artifacts.file_hashes(folder)
     shutil.rmtree(scratch, ignore_errors=True)  # only now: a killed run goes on from what it left there
     peak_device = torch.cuda.max_memory_allocated() if on_gpu else None
     peak_host = environment.peak_resident_bytes()
@@ -522,7 +560,12 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         provenance.pop("calibration")
     return {
         "cost": cost,
-        "artifact": {"path": folder.name, "bytes": artifacts.stored_bytes(folder), "sha256": artifacts.sha256(folder)},
+        "artifact": {
+            "path": folder.name,
+            "bytes": artifacts.stored_bytes(folder),
+            "sha256": artifacts.sha256(folder, hashes),
+        },
+        "files": hashes,
         "origin": {
             "model_origin": origin,
             "text": provenance,
@@ -563,8 +606,12 @@ def evaluate(
     hardware = hardware_with(parts.engine, parts.hardware)
     # what is loaded must be what was compressed, whatever happened to the disk since
     report = json.loads((folder / STAGE_REPORT).read_text(encoding="utf-8"))
-    if artifacts.sha256(folder) != report["artifact"]["sha256"]:
-        raise RunError(f"{folder} changed after it was written (its hash differs); delete it and run again")
+    if "files" in report:  # every file that decides a number: configuration and tokenizer, too
+        changed = artifacts.changed_file(folder, report["files"])
+    else:  # made by an older version
+        changed = "" if artifacts.sha256(folder) == report["artifact"]["sha256"] else "a file"
+    if changed:
+        raise RunError(f"{folder}: {changed} changed after it was written (its hash differs); delete it and run again")
     context = Context(
         corpus=parts.corpus,
         hardware=hardware,
@@ -611,8 +658,9 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
 
 
 def _environment(hardware: environment.Hardware, engine: EngineChoice) -> dict[str, Any]:
-    outside = engine.versions()
+    outside, together = engine.versions(), environment.training_processes()
     return {
+        **({"training_processes": together} if together > 1 else {}),
         **({"engine_versions": outside} if outside else {}),
         "machine": environment.machine(),
         "threads": hardware.thread_count,

@@ -228,8 +228,9 @@ def page() -> str:
         "engine.tensor_parallel=N` ([engines.md](engines.md)).",
         "## Training\n\nGB of device memory for a student of half of the blocks, trained in float32 against a "
         "teacher in memory (`teacher@method.teacher=in_memory`), batches of 8 × 512 tokens; without the "
-        "activations inside blocks. Where it does not fit, several processes share a student (`accelerate launch`) or "
-        "the teacher's likeliest tokens are kept on disk (`teacher@method.teacher=on_disk`).",
+        "activations inside blocks. Where it does not fit, several processes hold a part of the student each "
+        "(`hardware.sharded=true`, [sweeps.md](sweeps.md)), or the teacher's likeliest tokens are kept on disk "
+        "(`teacher@method.teacher=on_disk`).",
         _table(
             ["", *names],
             [["student of half of the blocks", *(_gb(_half_student(shape)) for shape in MODELS)]],

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from harness import launching, markup
+from harness import launching, markup, slurm_queue
 from harness.errors import ConfigError
 from harness.records import from_json, read_record, to_json, write_json_atomically, write_record
 from harness.redaction import redact
@@ -21,6 +22,7 @@ from harness.run import Outcome, Paths, lost
 OUTCOME_FILE = "outcome.json"
 STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}
 STATUSES |= {launching.LOST: "lost with their worker"}
+POLL_SECONDS = 0.5
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _begun: list[Path] = []  # the folder of the sweep whose jobs other processes have begun and not ended
 
@@ -53,14 +55,11 @@ def close_cut_short() -> int:
 
     Returns the exit status.
     """
-    entries = _entries(_begun[-1])
-    launching.wait_for([entry for entry in entries if entry["status"] == launching.LOST])
-    entries = _entries(_begun[-1])
-    here = launching.mark_of_this_process()["host"]
+    entries, elsewhere = _when_all_have_ended(_begun[-1])
     for entry in entries:
         if entry["status"] != launching.LOST:
             continue
-        if entry["host"] != here:  # whether that process lives is not known here
+        if _worker(entry) in elsewhere:
             entry["reason"] = launching.ELSEWHERE
             continue
         path = Path(entry["path"])
@@ -69,6 +68,26 @@ def close_cut_short() -> int:
         entry["records"] = [str(path)]
     print("\nThe sweep was cut short. Jobs that had not begun are not in this list; the same command runs them.")
     return _close(entries)
+
+
+def _when_all_have_ended(folder: Path) -> tuple[list[dict[str, Any]], set[tuple]]:
+    """What the jobs left once none of them is known to run, and the workers of which nothing is known.
+
+    Jobs that wait in a scheduler's queue may begin meanwhile: they are waited for, too.
+    """
+    known: dict[tuple, bool | None] = {}
+    while True:
+        entries = _entries(folder)  # read again after the last has ended: it may have finished
+        marks = [entry for entry in entries if entry["status"] == launching.LOST]
+        if not any(known.values()) and all(_worker(mark) in known for mark in marks):
+            return entries, {worker for worker, at_work in known.items() if at_work is None}
+        if any(known.values()):
+            time.sleep(POLL_SECONDS)
+        known = {_worker(mark): launching.is_at_work(mark) for mark in marks}
+
+
+def _worker(entry: dict[str, Any]) -> tuple:
+    return entry["host"], entry["process"], entry["path"]
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
@@ -144,8 +163,11 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Remember a sweep in other processes, in case its launcher loses one and does not come to an end."""
-        if config.hydra.launcher._target_ != BASIC:
+        target = config.hydra.launcher._target_
+        if target != BASIC:
             _begun.append(Path(config.hydra.sweep.dir))
+        if target.endswith(".SlurmLauncher"):
+            slurm_queue.watch_queue_without_accounts()
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""

@@ -3,7 +3,7 @@
 Quantization-aware training, scale and adapter tuning, recovery after pruning and distillation bring their losses.
 What is trained is a list of parameters, the rest of the model is left alone and is in no checkpoint. A run that was
 killed goes on from its last checkpoint to exactly the result it would have had. Several processes share the work when
-`accelerate launch` starts them (data parallel, or sharded by FSDP).
+`accelerate launch` starts them, data parallel or sharded (methods/sharding.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.environment import training_processes
 from harness.errors import ConfigError, RunError
+from methods import sharding
 from methods.blocks import decoder_blocks
 from methods.examples import Batch, Data, collated
 
@@ -90,11 +92,6 @@ class TrainingSettings:
     def texts(self) -> int:
         """How many texts one process reads, repeats included."""
         return self.steps * self.batch_size * self.gradient_accumulation
-
-
-def processes() -> int:
-    """How many processes train together, as their launcher says in WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_rank() -> int:
@@ -174,7 +171,7 @@ def train(
     before_step: Callable[[], None] | None = None,
     first_step: int = 0,
     prepare: Prepare | None = None,
-    validate: Callable[[], float] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
 ) -> None:
     """Train `parameters` of `module` on windows of ids [S, T] or on examples, in place.
 
@@ -186,7 +183,7 @@ def train(
     first_step: where this training begins on the curve of a method that trains several times.
     prepare: (module, batch, generator) -> batch, rewrites every batch of a step before its losses, without gradients:
         to sample from the model that is trained. The generator depends on seed, step, pass and process alone.
-    validate: held-out loss in nats; goes into the log beside the training loss.
+    validate: held-out loss of the model that is given to it, in nats; goes into the log beside the training loss.
     Texts are read in shuffled passes, in an order that depends on the seed alone.
     Raises RunError when the loss stops being a number, before the step is taken; the last checkpoint stays.
     """
@@ -195,20 +192,28 @@ def train(
     if settings.steps == 0:
         return
     parameters = list(parameters)
-    order = _order(len(data), settings.texts * processes(), bench.generator.initial_seed())
+    if bench.sharded:
+        if settings.compile_blocks:
+            raise ConfigError(
+                "training.compile_blocks=true cannot be combined with hardware.sharded=true; set one to false"
+            )
+        sharding.check(what, after_step=after_step, before_step=before_step, state=state, prepare=prepare)
+    order = _order(len(data), settings.texts * training_processes(), bench.generator.initial_seed())
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
         trained = _Trained(module, parameters, state, loss)
-        callback = _callback(settings, bench, what, before_step, after_step, first_step, validate)
+        look = None if validate is None else lambda: validate(trained.module_of())
+        callback = _callback(settings, bench, what, before_step, after_step, first_step, look)
         trainer = _trainer(trained, module, data, order, settings, bench, what, callback, prepare)
         trainer.train(resume_from_checkpoint=_last_checkpoint(bench.scratch / "training"))
-        trained.settle(trainer)
+    if bench.sharded:
+        sharding.bring_home(trained.module, module, trained.device)
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     module.eval()
-    bench.log.tokens += int(trained.tokens_seen) * processes()
+    bench.log.tokens += int(trained.tokens_seen) * training_processes()
 
 
 @contextmanager
@@ -230,41 +235,35 @@ class _Trained(nn.Module):
     Only a model that is sharded over processes is seen whole, because each of them holds a part of it.
     """
 
-    def __init__(self, module: nn.Module, parameters: list[nn.Parameter], state: Sequence[Tensor], loss: Loss) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: Sequence[nn.Parameter], state: Sequence[Tensor], loss: Loss
+    ) -> None:
         super().__init__()
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if self.sharded:
-            self.module = module
-        else:
-            self.trained = nn.ParameterList(parameters)
+        self.trained = nn.ParameterList(parameters)
         for index, tensor in enumerate(state):
             self.register_buffer(f"state_{index}", tensor)
-        device = parameters[0].device
-        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long, device=device))
-        self._compute = lambda batch: loss(module, batch)  # a closure is no submodule
+        self.device = parameters[0].device
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long, device=self.device))
+        self.module_of = lambda: module  # a closure is no submodule
+        self.loss = loss
         self.padded: bool | None = None  # of the batches of this step: asking a GPU would make it wait
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
         """The loss of a batch."""
         batch = replace(Batch.from_dict(tensors), known_padded=self.padded)
         self.tokens_seen += batch.attention.sum()
-        return {"loss": self._compute(batch)}
+        return {"loss": self.loss(self.module_of(), batch)}
 
-    def settle(self, trainer: Any) -> None:
-        """Bring the parts of a sharded model together again, on every process."""
-        if not self.sharded:
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    def shard(self) -> None:
+        """Train a sharded copy of the module in its place."""
+        self.module = sharding.sharded_copy(self.module_of(), list(self.trained), self.device)
+        self.module_of = lambda: self.module
+        del self.trained
 
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
-        state = get_model_state_dict(trainer.model_wrapped, options=whole)
-        for name, _ in list(self.module.named_parameters()):
-            owner, _, attribute = name.rpartition(".")
-            value = state.get(f"module.{name}")
-            if value is not None:
-                made = nn.Parameter(value.to(trainer.args.device), requires_grad=False)
-                setattr(self.module.get_submodule(owner), attribute, made)
-        self.module.tie_weights()
+    def train(self, mode: bool = True) -> _Trained:
+        """The model stays as it was given: its dropout does not wake up."""
+        self.training = mode
+        return self
 
 
 def _callback(
@@ -331,9 +330,7 @@ def _trainer(
     from transformers import Trainer, TrainingArguments, get_scheduler
     from transformers.trainer_callback import PrinterCallback
 
-    seed = bench.generator.initial_seed()
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    device = parameters[0].device
+    seed, device = bench.generator.initial_seed(), trained.device
 
     class Loop(Trainer):
         """Reads the texts in the order that was drawn, and weighs them as `train` says.
@@ -347,9 +344,10 @@ def _trainer(
             return SequentialSampler(self.train_dataset)
 
         def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+            learned = [parameter for parameter in trained.parameters() if parameter.requires_grad]
             groups = [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+                {"params": [p for p in learned if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
             ]
             self.optimizer = torch.optim.AdamW(
                 groups, lr=settings.learning_rate, betas=tuple(settings.betas), fused=device.type == "cuda" or None
@@ -391,7 +389,7 @@ def _trainer(
                     with torch.no_grad(), self.accelerator.autocast():  # as the losses are computed
                         batches[index] = prepare(module, Batch.from_dict(batch).to(device), drawn).as_dict()
             total = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
-            if processes() > 1:
+            if training_processes() > 1:
                 total = self.accelerator.gather(total).sum()
             return batches, total
 
@@ -406,7 +404,7 @@ def _trainer(
             loss = model(**inputs)["loss"]
             self.passes.append((loss.detach(), inputs["rows"]))
             share = inputs["weights"].sum() / num_items_in_batch.clamp(min=TINY)
-            return loss * share * processes()  # gradients of several processes are averaged
+            return loss * share * training_processes()  # gradients of several processes are averaged
 
     arguments = TrainingArguments(
         output_dir=str(bench.scratch / "training"),
@@ -427,7 +425,9 @@ def _trainer(
         remove_unused_columns=False,
         log_level="error",
     )
-    trainer = Loop(
+    if bench.sharded:
+        trained.shard()  # the arguments above have brought the processes together
+    trainer = (_sharded(Loop) if bench.sharded else Loop)(
         model=trained,
         args=arguments,
         train_dataset=order.tolist(),
@@ -438,6 +438,40 @@ def _trainer(
     trainer.model_accepts_loss_kwargs = True  # compute_loss above weighs every pass itself
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _sharded(loop: type) -> type:
+    """The loop for a model that is sharded already: nothing wraps it again, each process keeps its part of it."""
+
+    class Sharded(loop):
+        """Checkpoints are `sharding.save_parts`; gradients are averaged by the sharded modules themselves."""
+
+        def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+            return _Wrapped(model)  # another object: accelerate would wrap the model itself
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            sharding.save_parts(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
+
+        def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+            """With the optimizer, below."""
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                sharding.load_parts(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+
+    return Sharded
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
+        return self.inner(**tensors)
 
 
 def _generator(seed: int, step: int, index: int) -> torch.Generator:

@@ -36,15 +36,18 @@ PLACEHOLDERS = {
 def commands(page) -> list[str]:
     """Runs and sweeps that a page shows, in blocks and in lines."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"(?:python3? -m harness|^harness)( [^`\n]*)", text, flags=re.M)
+    found = re.findall(r"(?:-m harness|^harness)( [^`\n]*)", text, flags=re.M)  # python, accelerate launch, torchrun
     return [command.partition("  #")[0].partition(" #")[0].strip() for command in found]
 
 
-ALL = sorted({command for page in PAGES for command in commands(page) if "=" in command})
+EXAMPLE = "method=clipped_rounding"  # of the page on adding a method, whose test adds it first
+ALL = sorted({command for page in PAGES for command in commands(page) if "=" in command and EXAMPLE not in command})
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def test_commands_are_found():
     assert len(ALL) > 25
+    assert any("hardware.sharded=true" in command for command in ALL)
     assert any("hydra/launcher=slurm" in command for command in ALL)
 
 
@@ -62,6 +65,25 @@ def test_every_run_and_sweep_of_the_documentation_composes(command):
     ]
     config, _, _ = composed(overrides)
     assert "_target_" in config["method"]
+
+
+def test_entry_points_targets_extras_and_files_of_the_documentation_exist():
+    for module in set(re.findall(r"-m (harness\.\w+)", TEXT)):
+        source = ROOT / (module.replace(".", "/") + ".py")
+        source = source if source.exists() else source.with_suffix("") / "__main__.py"
+        assert 'if __name__ == "__main__":' in source.read_text(encoding="utf-8"), module
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = set(re.findall(r"(?:^|`)make ([a-z][\w-]+)", TEXT, flags=re.M))
+    assert len(named) > 8
+    assert named <= targets | {f"table-{number}" for number in range(1, 5)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {extra for found in re.findall(r"(?:\.|harness)\[([\w,]+)\]\"", TEXT) for extra in found.split(",")}
+    assert extras
+    assert extras <= project["optional-dependencies"].keys()
+    files = set(re.findall(r"(?:tests|docs|conf|harness|methods)/[\w/.-]+\.(?:py|md|yaml)\b", TEXT))
+    made = {"conf/method/clipped_rounding.yaml", "methods/quantization/clipped_rounding.py"}
+    made |= {"tests/methods/test_clipped_rounding.py"}
+    assert not [file for file in files - made if not (ROOT / file).exists()]
 
 
 @pytest.mark.launcher

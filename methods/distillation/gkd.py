@@ -66,7 +66,7 @@ class GKD:
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
         if self.on_policy:
-            require_whole_model("GKD")
+            require_whole_model("GKD", bench)
         texts = read_examples(self.examples, base, bench, self.sampling)
         return trained_student(
             self.student.make(base, bench),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from harness.environment import training_processes
 from harness.errors import ConfigError
 from methods.distillation.divergences import (
     Divergence,
@@ -40,7 +41,7 @@ from methods.distillation.on_policy import (
 )
 from methods.distillation.sampling import Sampling, end_marks, sample, uniform_numbers
 from methods.examples import Batch, Example
-from methods.training import TrainingSettings, process_rank, processes
+from methods.training import TrainingSettings, process_rank
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -160,7 +161,7 @@ class MiniLLM:
     @property
     def steps_per_round(self) -> int:
         """Optimizer steps on one round of the authors' code."""
-        texts = self.training.batch_size * self.training.gradient_accumulation * processes()
+        texts = self.training.batch_size * self.training.gradient_accumulation * training_processes()
         steps, left = divmod(self.official.rollouts, texts)
         if left or not steps:
             raise ConfigError(
@@ -172,7 +173,7 @@ class MiniLLM:
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Make a student, warm it up, train it against `base`."""
-        require_whole_model("MiniLLM")
+        require_whole_model("MiniLLM", bench)
         texts = read_examples(self.examples, base, bench, self.sampling)
         windows = self.text.windows(base, bench)
         teaching = Teaching(self, base.module, texts.train, end_marks(base), windows)
@@ -189,7 +190,7 @@ class MiniLLM:
         student = trained_student(made, texts, self.warm_start, texts.train, loss, training, bench, "MiniLLM", **update)
         if windows is not None:
             early = self.warm_start.settings(training)
-            passes = (training.steps - early.steps) * training.gradient_accumulation * processes()
+            passes = (training.steps - early.steps) * training.gradient_accumulation * training_processes()
             bench.log.tokens += passes * training.batch_size * windows.shape[1]
         return student
 
@@ -388,7 +389,7 @@ class Rounds:
         """Write the responses of a round, and what the student and the teacher say of them now."""
         method = self.method
         self.number = number
-        self.rows = self.prompts[number][process_rank() :: processes()].tolist()
+        self.rows = self.prompts[number][process_rank() :: training_processes()].tolist()
         numbers = uniform_numbers(len(self.rows), method.sampling, generator)
         orders = [torch.randperm(len(self.rows), generator=generator) for _ in range(method.official.epochs)]
         self.order = torch.cat(orders).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from methods import sharding
 from methods.distillation.sampling import Responses, Sampling, check_length, padded_on_the_left
 from methods.distillation.students import settled
 from methods.distillation.white_box import fit
@@ -70,13 +70,10 @@ def read_examples(source: TextSource, lm: LanguageModel, bench: Bench, sampling:
     return texts
 
 
-def require_whole_model(what: str) -> None:
+def require_whole_model(what: str, bench: Bench) -> None:
     """Raise ConfigError where the trained model is sharded: a process alone could not write with its part."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ConfigError(
-            f"{what} writes with the student that it trains, which FSDP would shard over processes; launch it data "
-            "parallel (accelerate launch --multi_gpu)"
-        )
+    if bench.sharded:
+        sharding.check(what, writing=True)
 
 
 def warmed_up(

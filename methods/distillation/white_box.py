@@ -57,9 +57,9 @@ def fit(
     """
     parameters = [*student.module.parameters(), *(extra or [])]
 
-    def validate() -> float:
+    def validate(module: nn.Module) -> float:
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled for a few texts
-            return held_out_loss(student.module, texts.held_out)
+            return held_out_loss(module, texts.held_out)
 
     with compiled_blocks(student.module, training.compile_blocks):
         train(

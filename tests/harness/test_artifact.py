@@ -57,6 +57,20 @@ def test_a_flipped_bit_changes_the_hash(trained_folder, tmp_path):
     assert artifact.sha256(changed) != artifact.sha256(trained_folder)
 
 
+def test_every_file_that_decides_a_number_is_watched(trained_folder, tmp_path):
+    folder = shutil.copytree(trained_folder, tmp_path / "model")
+    hashes = artifact.file_hashes(folder)
+    assert {"config.json", "tokenizer.json", "model.safetensors", artifact.DESCRIPTION} <= hashes.keys()
+    assert artifact.sha256(folder, hashes) == artifact.sha256(folder)
+    assert artifact.changed_file(folder, hashes) == ""
+    (folder / "stage.json").write_text("{}")  # written later, beside what is watched
+    assert artifact.changed_file(folder, hashes) == ""
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("64", "65", 1))
+    assert artifact.changed_file(folder, hashes) == "config.json"
+    (folder / "config.json").unlink()
+    assert artifact.changed_file(folder, hashes) == "config.json"
+
+
 def test_a_missing_tensor_is_an_error_not_a_random_weight(trained_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -92,14 +92,15 @@ def test_a_model_larger_than_memory_is_refused_with_both_sizes(tmp_path, monkeyp
         RandomModel("tiny", "llama", SHAPE).load(tmp_path, *CPU)
 
 
-def test_a_converted_model_that_changed_on_disk_is_named(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_converted_model_that_changed_on_disk_is_named(changed, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_convert_gguf", lambda *_: trained)
     file = tmp_path / "some.gguf"
     file.write_bytes(b"GGUF")
     LocalModel(str(file)).load(tmp_path, *CPU)
-    (weights,) = tmp_path.glob("models/*/model.safetensors")
-    content = bytearray(weights.read_bytes())
+    (stored,) = tmp_path.glob(f"models/*/{changed}")
+    content = bytearray(stored.read_bytes())
     content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(RunError, match=r"changed after it was converted from some\.gguf; delete it"):
+    stored.write_bytes(content)
+    with pytest.raises(RunError, match=rf"{changed} changed after it was converted from some\.gguf; delete"):
         LocalModel(str(file)).load(tmp_path, *CPU)

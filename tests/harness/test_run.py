@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
-from harness import run
+from harness import claims, run
 from harness.records import read_records
 from harness.run import Paths
 from tests.test_conf import resolved
@@ -89,3 +90,35 @@ def test_the_dense_twin_differs_in_method_and_card_alone(config):
     twin = run.dense_twin(config)
     assert run.is_dense(twin)
     assert {key for key in config if config[key] != twin[key]} == {"method", "card"}
+
+
+def test_a_model_is_made_anew_only_when_no_other_run_reads_it(tmp_path, monkeypatch):
+    """`force=true` waits for whoever holds the claim of a reader, alive; one that has ended is not waited for."""
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
+    model, readers, said = tmp_path / "model", tmp_path / "model.readers", []
+    model.mkdir()
+    with claims.claimed(readers / "ended"):
+        pass
+    with claims.claimed(readers / "reads"):
+        forgetting = threading.Thread(target=run._forget, args=(model, readers, said.append))
+        forgetting.start()
+        forgetting.join(0.3)
+        assert model.exists()
+    forgetting.join(10)
+    assert not model.exists()
+    assert len(said) == 1
+    assert "a run that reads model" in said[0]
+
+
+def test_what_several_processes_train_is_another_run_than_what_one_does(monkeypatch):
+    """Every process reads texts of its own. A method that trains nothing is the same run, sharded or not."""
+
+    def digest(method: str, *overrides: str) -> str:
+        return run.digest_of(run.identity(resolved(f"method={method}", "model=tiny", *overrides)))
+
+    alone = {method: digest(method) for method in ("word_kd", "rtn")}
+    assert digest("word_kd", "hardware.sharded=true") != alone["word_kd"]
+    assert digest("rtn", "hardware.sharded=true") == alone["rtn"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert digest("word_kd") != alone["word_kd"]
+    assert digest("rtn") == alone["rtn"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ import torch
 from architectures import tiny_model
 from torch import nn
 
+from harness import stages
 from harness.errors import ConfigError, RunError
 from harness.method import Bench, TrainingLog
 from harness.progress import NoProgress
 from methods.examples import Batch, Example
+from methods.sharding import sharded_copy
 from methods.training import (
     TrainingSettings,
     compiled_blocks,
@@ -136,6 +140,7 @@ def test_losses_through_the_kernel_are_the_plain_ones(monkeypatch):
 
 SCRIPT = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
@@ -358,7 +363,7 @@ def test_held_out_text_is_looked_at_before_between_and_after(tmp_path):
         settings,
         run,
         "test",
-        validate=lambda: held_out_loss(module, WINDOWS),
+        validate=lambda trained: held_out_loss(trained, WINDOWS),
     )
     curve = run.log.curves["validation loss"]
     assert list(curve) == [0, 2, 4, 6]
@@ -391,48 +396,117 @@ def test_an_example_without_a_response_is_named():
         Batch.of_examples([Example([1, 2], [])], rows=[7])
 
 
-SHARED = """
-import os, sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-import torch
-from architectures import tiny_model
-from test_training import TrainingSettings, bench, language_modeling_loss, some_examples, train
-torch.set_num_threads(1)
-module = tiny_model("llama")
-weights = [layer.mlp.down_proj.weight for layer in module.model.layers]
-settings = TrainingSettings(steps=4, learning_rate=1e-3, batch_size={batch_size}, schedule="constant")
-run = bench(Path({scratch!r}))
-train(module, weights, some_examples(), language_modeling_loss, settings, run, "test")
-losses = torch.tensor([run.log.curves["training loss"][step] for step in range(1, 5)])
-torch.save([*(w.detach() for w in weights), losses], {out!r} + "/" + os.environ.get("RANK", "0"))
-"""
+def some_weights(module: nn.Module) -> list[nn.Parameter]:
+    return [layer.mlp.down_proj.weight for layer in module.model.layers]
 
 
-def test_two_processes_train_like_one(tmp_path):
-    """Two processes over gloo with a text each learn what one learns from two: the same losses, the same weights."""
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parents[1])]
+def most_weights(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for name, weight in module.named_parameters() if "input_layernorm" not in name]
 
-    def start(name: str, batch_size: int, environment: dict[str, str]) -> subprocess.Popen:
-        (tmp_path / name).mkdir(exist_ok=True)
-        script = SHARED.format(
-            paths=paths, scratch=str(tmp_path / name), out=str(tmp_path / name), batch_size=batch_size
-        )
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        return subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
 
-    port = free_port()
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [start("two", 1, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    running.append(start("one", 2, {}))
+def train_together(
+    folder: Path, batch_size: int, weights, tied: bool, sharded: bool, killed_in: int, environment: dict
+) -> None:
+    """One of the processes that train a tiny model; it leaves weights and losses in a file named by its rank."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    module = tiny_model("llama")
+    if tied:
+        module.lm_head.weight = module.model.embed_tokens.weight
+    parameters, run, calls = weights(module), replace(bench(folder), sharded=sharded), []
+    settings = TrainingSettings(
+        steps=4, learning_rate=1e-3, batch_size=batch_size, schedule="constant", checkpoint_steps=2, validation_steps=2
+    )
+
+    def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == killed_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return language_modeling_loss(module, batch)
+
+    def validate(module: nn.Module) -> float:
+        return held_out_loss(module, some_examples())
+
+    train(module, parameters, some_examples(), loss, settings, run, "test", validate=validate)
+    curves = run.log.curves
+    losses = [curves["training loss"][3], curves["training loss"][4], curves["validation loss"][4]]
+    left = [*(p.detach() for p in parameters), torch.tensor(losses)]
+    torch.save(left, folder / environment.get("RANK", "0"))
+
+
+def started(folder: Path, count: int, weights, tied: bool, sharded: bool = False, killed_in: int = 0) -> list:
+    """Processes over gloo that train together, two texts a step however many they are."""
+    folder.mkdir(exist_ok=True)
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)] if count > 1 else [{}]
+    stages.warm_up()  # its processes begin with torch and transformers loaded
+    make = multiprocessing.get_context("forkserver").Process
+    made = [
+        make(target=train_together, args=(folder, 2 // count, weights, tied, sharded, killed_in, rank))
+        for rank in ranks
+    ]
+    for process in made:
+        process.start()
+    return made
+
+
+def finish(running: list) -> None:
     for process in running:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-    one = torch.load(tmp_path / "one" / "0", weights_only=True)
-    for rank in "01":
-        for a, b in zip(torch.load(tmp_path / "two" / rank, weights_only=True), one, strict=True):
+        process.join(timeout=240)
+        assert process.exitcode == 0
+
+
+def left_by(folder: Path, rank: int = 0) -> list[torch.Tensor]:
+    return torch.load(folder / str(rank), weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("sharded", "weights", "tied"),
+    [(False, some_weights, False), (True, most_weights, True)],
+    ids=["data-parallel", "sharded"],
+)
+def test_two_processes_train_like_one(sharded, weights, tied, tmp_path):
+    """Two processes over gloo with a text each learn what one learns from two: the same losses, the same weights.
+
+    Whether each holds the whole model or half of it.
+    """
+    two, one = tmp_path / "two", tmp_path / "one"
+    finish([*started(two, 2, weights, tied, sharded), *started(one, 1, weights, tied)])
+    for rank in range(2):
+        for a, b in zip(left_by(two, rank), left_by(one), strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    parts = list((two / "training" / "checkpoint-4").glob("parts/__?_0.distcp"))
+    assert len(parts) == (2 if sharded else 0)
+
+
+def test_a_killed_sharded_run_goes_on_to_the_same_weights(tmp_path):
+    """Killed in step 4, resumed from the parts of step 2: bit for bit what an undisturbed run gives."""
+    whole = started(tmp_path / "whole", 2, most_weights, False, True)
+    for process in (killed := started(tmp_path / "killed", 2, most_weights, False, True, killed_in=4)):
+        process.join(timeout=240)
+        assert process.exitcode
+    assert killed[0].exitcode == -signal.SIGKILL
+    finish(whole)
+    finish(started(tmp_path / "killed", 2, most_weights, False, True))
+    for rank in range(2):
+        assert all(map(torch.equal, left_by(tmp_path / "killed", rank), left_by(tmp_path / "whole", rank)))
+
+
+@pytest.mark.parametrize(
+    ("count", "more", "message"),
+    [
+        (1, {}, "--num_processes 2"),
+        (2, {"after_step": int}, r"\(after_step\).*data parallel"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(count, more, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    module, run = tiny_model("llama"), replace(bench(tmp_path), sharded=True)
+    settings = TrainingSettings(steps=1, learning_rate=1e-3)
+    with pytest.raises(ConfigError, match=message):
+        train(module, some_weights(module), WINDOWS, language_modeling_loss, settings, run, "test", **more)
+    with pytest.raises(ConfigError, match="beside the student's"):
+        sharded_copy(module, [nn.Parameter(torch.ones(2))], torch.device("cpu"))
 
 
 def free_port() -> int:
