@@ -194,9 +194,7 @@ def train(
     parameters = list(parameters)
     if bench.sharded:
         if settings.compile_blocks:
-            raise ConfigError(
-                "training.compile_blocks=true cannot be combined with hardware.sharded=true; set one to false"
-            )
+            raise ConfigError("training.compile_blocks=true with hardware.sharded=true: set one of them to false")
         sharding.check(what, after_step=after_step, before_step=before_step, state=state, prepare=prepare)
     order = _order(len(data), settings.texts * training_processes(), bench.generator.initial_seed())
     for parameter in parameters:
