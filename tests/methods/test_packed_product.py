@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from harness.engines.joined import JoinedLayer
 from harness.models import RandomModel
 from methods.blocks import plain_linears, replace_module
 from methods.quantization import packed_product
@@ -139,12 +140,7 @@ def test_captured_steps_of_packed_layers_generate_what_the_same_steps_do_uncaptu
         "fp8 inputs": (EightBitGrid("e4m3", "channel"), InputGrid(8, "e4m3")),
         "nf4": (CodebookGrid("nf4", 4), None),
     }
-    shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"intermediate_size": 512, "vocab_size": 320, "max_position_embeddings": 128}
-    lm, _ = RandomModel("packed", "llama", shape).load(None, "cuda", torch.bfloat16)
-    grid, inputs = grids[name]
-    for layer, linear in plain_linears(lm.module).items():
-        replace_module(lm.module, layer, rounded_linear(linear, grid, torch.bfloat16, inputs))
+    lm = rounded_model(*grids[name])
     lm.engine.prepare("decoding", torch.bfloat16)
     prompt = torch.randint(320, (2, 9), generator=GENERATOR)
     with monkeypatch.context() as patch:
@@ -155,3 +151,25 @@ def test_captured_steps_of_packed_layers_generate_what_the_same_steps_do_uncaptu
         assert torch.equal(torch.stack(list(captured.generate(prompt, 20))), plain)
     assert "CUDA graph" in captured.kernels()
     assert "plain steps" not in captured.kernels()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU captures steps")
+def test_joined_layers_generate_what_separate_ones_do():
+    prompt = torch.randint(320, (2, 9), generator=GENERATOR)
+    separate, joined = (rounded_model(IntegerGrid(4, False, 64)) for _ in range(2))
+    separate.engine.prepare("decoding", torch.bfloat16)
+    engine = joined.engine.on_hardware(None, "captured")
+    engine.prepare("decoding", torch.bfloat16)
+    assert sum(isinstance(module, JoinedLayer) for module in joined.module.modules()) == 2 * 2
+    expected = torch.stack(list(separate.engine.on_hardware(None, "captured").generate(prompt, 20)))
+    assert torch.equal(torch.stack(list(engine.generate(prompt, 20))), expected)
+
+
+def rounded_model(grid, inputs: InputGrid | None = None):
+    """A random model of two blocks on the GPU, its linears rounded to a grid."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 512, "vocab_size": 320, "max_position_embeddings": 128}
+    lm, _ = RandomModel("packed", "llama", shape).load(None, "cuda", torch.bfloat16)
+    for layer, linear in plain_linears(lm.module).items():
+        replace_module(lm.module, layer, rounded_linear(linear, grid, torch.bfloat16, inputs))
+    return lm
