@@ -356,7 +356,8 @@ def _trainer(
         def check_losses(self) -> None:
             """Raise RunError for a step whose losses are no numbers: once a step, because asking makes a GPU wait."""
             passes, self.passes = self.passes, []
-            if bool(torch.stack([loss for loss, _ in passes]).isfinite().all()):
+            # none: reading a sharded checkpoint steps once, to give the optimizer a state to read into
+            if not passes or bool(torch.stack([loss for loss, _ in passes]).isfinite().all()):
                 return
             loss, texts = next((loss, texts) for loss, texts in passes if not bool(loss.isfinite()))
             rows = ", ".join(str(int(row)) for row in texts[:ROWS_SHOWN])
