@@ -16,10 +16,14 @@ def single_command(record: RunRecord) -> str:
     """`python -m harness ...` for this record alone: of every value that was swept, the one that it has.
 
     Overrides that only say where results go are left out. A value that cannot be told is taken from the record's own
-    card and bits; `python -m harness.verify ID` always runs the very same configuration.
+    card and bits; `python -m harness.verify ID` always runs the very same configuration. An experiment is named where
+    it sets more than what is swept.
     """
+    swept = dict(_swept(record.command))
+    experiment = next(iter(swept.pop("experiment", [])), None)
+    sweeps, sets_more = _experiment(experiment) if experiment else ({}, False)
     overrides: dict[str, str] = {}
-    for key, values in _swept(record.command):
+    for key, values in (sweeps | swept).items():
         chosen = _chosen(record, key.lstrip("+"), values)
         if chosen is not None:
             overrides[key] = chosen
@@ -33,7 +37,8 @@ def single_command(record: RunRecord) -> str:
         name = (record.config.get(group) or {}).get("name")
         if group not in overrides and name:
             named[group] = str(name)
-    words = [f"{key}={value}" for key, value in {**named, **overrides}.items()]
+    first = {"experiment": experiment} if sets_more else {}
+    words = [f"{key}={value}" for key, value in {**first, **named, **overrides}.items()]
     return shlex.join(["python", "-m", "harness", *words])
 
 
@@ -41,11 +46,22 @@ def single_command(record: RunRecord) -> str:
 def _swept(command: str) -> list[tuple[str, list[str]]]:
     """Overrides that say what was run, each with its values."""
     parts = (word.partition("=") for word in shlex.split(command)[3:])
-    return [
-        (key, _values(value))
-        for key, equals, value in parts
-        if equals and not key.startswith(LOCAL) and key != "experiment"
-    ]
+    return [(key, _values(value)) for key, equals, value in parts if equals and not key.startswith(LOCAL)]
+
+
+@lru_cache
+def _experiment(name: str) -> tuple[dict[str, list[str]], bool]:
+    """What an experiment sweeps, and whether it sets anything else; one that is not here may."""
+    from omegaconf import OmegaConf
+
+    from harness.run import CONF
+
+    file = CONF / "experiment" / f"{name}.yaml"
+    if not file.is_file():
+        return {}, True
+    settings = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    sweeps = settings.pop("hydra", {}).get("sweeper", {}).get("params", {})
+    return {key: _values(str(values)) for key, values in sweeps.items()}, bool(settings)
 
 
 def _method(record: RunRecord) -> str:

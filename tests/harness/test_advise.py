@@ -197,6 +197,20 @@ def test_the_command_of_one_row_is_its_own_value_of_everything_that_was_swept():
     assert "method=[sparsegpt,gptq]" in shlex.split(single_command(stack))
 
 
+def test_the_command_of_one_row_names_its_experiment_where_that_sets_more_than_the_sweep():
+    run = record("gptq", 4)
+    run.config["bits"] = 4
+    of = lambda command: shlex.split(single_command(replace(run, command=f"python -m harness {command}")))  # noqa: E731
+    large = of("experiment=large_shapes model=random-llama-7b")
+    assert {"experiment=large_shapes", "method=gptq", "bits=4", "model=random-llama-7b"} <= set(large)
+    assert of("experiment=table_1") == of("-m method=rtn,gptq bits=8,4,3")  # it only sweeps
+    assert "experiment=of_my_own" in of("experiment=of_my_own")
+    scaling = of("experiment=bits_scaling")
+    size = run.config["method"]["grid"]["group_size"]
+    assert f"method.grid.group_size={size}" in scaling
+    assert not any("," in word for word in scaling)
+
+
 def test_two_machines_are_never_one_advice():
     blocks = advice_module.comparable([*rows(), *[weighed(r) for r in sweep(machine=XEON) if r.status == "finished"]])
     assert len(blocks) == 2
