@@ -40,6 +40,14 @@ SHAPE = {
 TRAINING_STEPS = 150
 
 
+LONG = ("test_cli.py", "test_adding_a_method.py", "test_engine_vllm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests first: begun last, one would keep all but one process waiting."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def tiny_llama() -> LanguageModel:
     """Two random blocks that read bytes."""
     return RandomModel("tiny", "llama", SHAPE).load(Path("unused"), "cpu", torch.float32)[0]

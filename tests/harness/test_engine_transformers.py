@@ -155,9 +155,8 @@ def test_a_static_cache_generates_the_same(kind):
     assert "static cache" in captured.kernels()
 
 
-def test_a_compiled_step_generates_the_same_whatever_shapes_came_before(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # past it torch gives up without a word
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)  # past it torch gives up, silently
+def test_a_compiled_step_generates_the_same_whatever_shapes_came_before():
     module = causal_model()
     engine = TransformersEngine(module)
     steps = CapturedSteps(engine, compiler="eager")  # traced as for inductor, and nothing is generated
