@@ -2,11 +2,13 @@
 
 `sdpa` lets torch choose a kernel, call by call. `sdpa_flash`, `sdpa_efficient`, `sdpa_cudnn` and `sdpa_math` allow one
 alone and fail where it cannot run, so that a row which names a kernel ran that kernel. `tiled` is the reference of
-`methods.architecture.flash_attention`.
+`methods.architecture.flash_attention`. `split_keys` reads a single query by a kernel of ours and all else as `sdpa`
+does; captured steps on a GPU choose it where several heads share keys and nothing was chosen.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -24,7 +26,8 @@ BACKENDS = {
     "sdpa_cudnn": "CUDNN_ATTENTION",
     "sdpa_math": "MATH",
 }
-OURS = (*BACKENDS, "tiled")
+ONE_QUERY = "split_keys"
+OURS = (*BACKENDS, "tiled", ONE_QUERY)
 IMPLEMENTATIONS = (*TRANSFORMERS, *OURS)
 
 
@@ -36,7 +39,23 @@ def check_name(name: str, option: str) -> None:
 
 def needs_plain_rows(name: str) -> bool:
     """Whether an implementation reads rows without padding only."""
-    return name in OURS
+    return name in OURS and name != ONE_QUERY
+
+
+def shares_keys(module: PreTrainedModel) -> bool:
+    """Whether several query heads of a model read one key head."""
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    return heads is not None and (getattr(config, "num_key_value_heads", None) or heads) < heads
+
+
+def runs_one_query(module: PreTrainedModel) -> bool:
+    """Whether `split_keys` runs on this model's device, and the model asks for attention by name."""
+    if not module._supports_attention_backend or find_spec("triton") is None:
+        return False
+    import triton
+
+    return module.device.type == "cuda" or triton.knobs.runtime.interpret
 
 
 def use_attention(module: PreTrainedModel, name: str) -> None:
@@ -50,6 +69,8 @@ def use_attention(module: PreTrainedModel, name: str) -> None:
             raise RunError(
                 f"{type(module).__name__} has an attention of its own and cannot run {name}; choose eager or sdpa"
             )
+        if name == ONE_QUERY and not runs_one_query(module):
+            raise RunError(f"{name} is a kernel in Triton and needs a GPU; choose sdpa")
         _register(name)
     try:
         module.set_attn_implementation(_inside(name))
@@ -74,6 +95,12 @@ def _register(name: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
+    if name == ONE_QUERY:
+        from harness.engines.split_keys import attend, mask_once
+
+        AttentionInterface.register(_inside(name), attend)
+        AttentionMaskInterface.register(_inside(name), mask_once)
+        return
     if name == "tiled":
         from methods.architecture.flash_attention import attend_tiled
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.engines.attention import ONE_QUERY
+
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache
+    from transformers import Cache, PreTrainedModel
 
     from harness.engines.transformers import TransformersEngine
 
@@ -30,6 +32,7 @@ class _Slot:
     """Memory of requests of one shape; `step` reads `token` [B, 1] and answers with the next one."""
 
     cache: Cache
+    held: Tensor  # how many tokens the cache holds
     token: Tensor
     step: Callable[[], Tensor]
 
@@ -67,6 +70,7 @@ class CapturedSteps:
             return
         slot.cache.reset()
         step = self._engine.advance(prompt, slot.cache).argmax(-1)
+        slot.held.add_(prompt.shape[1])
         yield step[:, 0]
         yield from self._steps(slot, step, new_tokens - 1)
 
@@ -77,6 +81,7 @@ class CapturedSteps:
             return None
         slot.cache.reset()
         self._engine.fill_with_noise(slot.cache, rows, held)
+        slot.held.add_(held)
         return self._steps(slot, torch.zeros_like(slot.token), new_tokens)
 
     def forget(self) -> None:
@@ -98,17 +103,15 @@ class CapturedSteps:
         return self._slot
 
     def _made(self, rows: int, longest: int) -> _Slot | None:
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
-
         module = self._engine.module
-        if self._engine.attention not in ("eager", "sdpa"):
+        if self._engine.attention not in ("eager", "sdpa", ONE_QUERY):
             self.state = f"plain steps: {self._engine.attention} attention does not mask a static cache"
             return None
-        cache = StaticCache(config=module.config, max_cache_len=longest)
-        if any(type(layer) is not StaticLayer for layer in cache.layers):
+        made = static_cache(module, longest)
+        if made is None:
             self.state = "plain steps: layers with windows of their own change shape"
             return None
+        cache, held = made
         token = torch.zeros(rows, 1, dtype=torch.long, device=module.device)
         if self._compiler is not None:
             torch.compiler.reset()  # torch gives up on a function after a few shapes, and says nothing
@@ -117,17 +120,49 @@ class CapturedSteps:
             self._reader = torch.compile(module, backend=self._compiler, dynamic=False, options=options)
 
         def step() -> Tensor:
-            return self._engine.advance(token, cache, reader=self._reader).argmax(-1)
+            answer = self._engine.advance(token, cache, reader=self._reader).argmax(-1)
+            held.add_(1)
+            return answer
 
         if module.device.type != "cuda":
-            return _Slot(cache, token, step)
+            return _Slot(cache, held, token, step)
         try:
-            return _Slot(cache, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
+            return _Slot(cache, held, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
         except torch.OutOfMemoryError:
             raise  # plain steps would need as much
         except RuntimeError as error:
             self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
             return None
+
+
+def static_cache(module: PreTrainedModel, longest: int) -> tuple[Cache, Tensor] | None:
+    """A cache of fixed shape, and the number of tokens it holds; None where layers have windows of their own.
+
+    Whoever reads tokens into it counts them. transformers' own layers count each for itself, by a kernel a layer.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    held = torch.zeros((), dtype=torch.long, device=module.device)
+
+    class Uncounted(StaticLayer):
+        """Writes behind the `held` tokens."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            places = torch.arange(key_states.shape[-2], device=self.device) + self.cumulative_length
+            self.keys.index_copy_(2, places, key_states)
+            self.values.index_copy_(2, places, value_states)
+            return self.keys, self.values
+
+    cache = StaticCache(config=module.config, max_cache_len=longest)
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        return None
+    cache.layers = [Uncounted(longest) for _ in cache.layers]
+    for layer in cache.layers:
+        layer.cumulative_length = held
+    return cache, held
 
 
 def _capture(step: Callable[[], Tensor], warm_up: int) -> Callable[[], Tensor]:

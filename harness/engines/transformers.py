@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 
-from harness.engines.attention import attention_of, needs_plain_rows, use_attention
+from harness.engines.attention import (
+    ONE_QUERY,
+    attention_of,
+    needs_plain_rows,
+    runs_one_query,
+    shares_keys,
+    use_attention,
+)
 from harness.engines.captured import CapturedSteps
 from harness.engines.joined import join_linears
 from harness.errors import RunError
@@ -408,7 +415,7 @@ class TransformersEngine:
 
         Layers that prepare themselves do; all other parameters are cast. Buffers stay as they are: rotary
         frequencies in bfloat16 would move every position. Where steps are captured on a GPU, packed layers that read
-        one tensor are joined.
+        one tensor are joined, and heads that share keys are read by a kernel of ours unless an attention was chosen.
         Raises ValueError for scoring after decoding: packed weights may be gone and dense ones are rounded.
         """
         if self._mode == "decoding" and mode == "scoring":
@@ -418,6 +425,9 @@ class TransformersEngine:
         _prepare(self.module, mode, dtype)
         if mode == "decoding" and self._captures and self.module.device.type == "cuda":
             join_linears(self.module)
+            left = self._chosen_attention is None and self.attention == "sdpa"
+            if left and shares_keys(self.module) and runs_one_query(self.module):
+                use_attention(self.module, ONE_QUERY)
         self._mode = mode
 
     def kernels(self) -> str:

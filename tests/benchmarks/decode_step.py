@@ -130,15 +130,17 @@ def seconds(work, device: torch.device, repeats: int = 20) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
         work()
-    found = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(1e-3 * start.elapsed_time(end))
-    return statistics.median(found)
+    return statistics.median(device_seconds(graph.replay) for _ in range(repeats))
+
+
+def device_seconds(work) -> float:
+    """Between two events around `work`."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
 
 
 def timed(work) -> float:
@@ -175,6 +177,7 @@ def whole_steps(variant: str, arguments: argparse.Namespace, device: torch.devic
             "batch": batch,
             "first token ms": 1e3 * statistics.median(value[0] for value in found),
             "step ms": 1e3 * step,
+            "graph ms": graph_ms(engine),
             "tokens/s": batch / step,
             "GB read": read / 1e9,
             "share of bandwidth": read / bandwidth / step,
@@ -193,6 +196,7 @@ def whole_steps(variant: str, arguments: argparse.Namespace, device: torch.devic
     return rows
 
 
+@torch.inference_mode()
 def kernels_of_a_step(engine) -> str:
     """Microseconds and calls of every kernel of one step, as the graph of the last request replays it."""
     slot, steps = engine._captured._slot, 3
@@ -215,6 +219,18 @@ def kernels_of_a_step(engine) -> str:
     return "\n".join(lines)
 
 
+@torch.inference_mode()
+def graph_ms(engine) -> float:
+    """Milliseconds of the graph of a captured step alone, median of replays; NaN where there is none."""
+    slot = engine._captured._slot if engine._captured is not None else None
+    if slot is None or not torch.cuda.is_available():
+        return float("nan")
+    slot.cache.reset()
+    return 1e3 * statistics.median(
+        device_seconds(slot.step) for _ in range(min(50, slot.cache.layers[0].max_cache_len))
+    )
+
+
 def one_request(engine, prompt: torch.Tensor, new: int, device: torch.device) -> tuple[float, float]:
     """Seconds to the first token, and for each later one."""
     stamps = [time.perf_counter()]
@@ -235,11 +251,11 @@ def read_bandwidth(device: torch.device) -> float:
 def table(rows: list[dict]) -> str:
     """Steps of every variant side by side, and from which batch size on packed weights stop paying."""
     dense = {row["batch"]: row["step ms"] for row in rows if row["weights"] == "dense"}
-    lines = ["", "weights  batch   step ms   tokens/s   share of bandwidth   faster than dense"]
+    lines = ["", "weights  batch   step ms   graph ms   tokens/s   share of bandwidth   faster than dense"]
     for row in rows:
         ratio = f"{dense[row['batch']] / row['step ms']:.2f}" if row["batch"] in dense else ""
         lines.append(
-            f"{row['weights']:8} {row['batch']:5} {row['step ms']:9.3f} {row['tokens/s']:10.1f}"
+            f"{row['weights']:8} {row['batch']:5} {row['step ms']:9.3f} {row['graph ms']:10.3f} {row['tokens/s']:10.1f}"
             f" {row['share of bandwidth']:15.0%} {ratio:>20}"
         )
     for variant in dict.fromkeys(row["weights"] for row in rows if row["weights"] != "dense" and dense):
