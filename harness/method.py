@@ -7,6 +7,7 @@ quality and speed are counted from outside, on the artifact that was saved and l
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,31 +59,42 @@ class TrainingLog:
     file: one JSON line per point; None keeps the log in memory only.
     tokens: how many were trained on.
     spared_seconds: what statistics cost that an earlier run of a sweep had already collected.
+    earlier_seconds: what tries took that were killed, up to the point where this one goes on.
     counts: what else it took, by name: questions asked, answers kept, tokens that a teacher wrote.
     """
 
     file: Path | None = None
     tokens: int = 0
     spared_seconds: float = 0.0
+    earlier_seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    seconds: dict[str, dict[int, float]] = field(default_factory=dict)  # at each point, of all tries
+    started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         if self.file is not None and self.file.exists():
             text = self.file.read_text(encoding="utf-8")
             for line in text.splitlines():
                 if line.endswith("]"):  # the last line of a killed run may be torn
-                    curve, step, value = json.loads(line)
+                    curve, step, value, *seconds = json.loads(line)
                     self.curves.setdefault(curve, {})[step] = value
+                    self.seconds.setdefault(curve, {})[step] = seconds[0] if seconds else 0.0
             if not text.endswith("\n"):
                 self.file.write_text(f"{text}\n", encoding="utf-8")
 
     def point(self, curve: str, step: int, value: float) -> None:
         """Note a value; a step that is run again after a kill replaces what it wrote before."""
+        seconds = self.earlier_seconds + time.perf_counter() - self.started
         self.curves.setdefault(curve, {})[step] = value
+        self.seconds.setdefault(curve, {})[step] = seconds
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([curve, step, value]) + "\n")
+                lines.write(json.dumps([curve, step, value, round(seconds, 3)]) + "\n")
+
+    def go_on(self, curve: str, step: int) -> None:
+        """This try goes on after a point that a killed one left: the time until then counts too."""
+        self.earlier_seconds = max(self.earlier_seconds, self.seconds.get(curve, {}).get(step, 0.0))
 
     def thinned(self, points: int = 200) -> dict[str, list[list[float]]]:
         """Every curve as [[step, value], ...], at most `points` of each, the last among them."""

@@ -34,7 +34,7 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
     remarks += [
         shortened(f"{m.metric} {m.note}")  # e.g. a baseline outside its anchor
         for m in noted
-        if m.metric == "perplexity" and m.value is not None and "collapsed" not in m.note
+        if m.metric in ("perplexity", "compress_seconds") and m.value is not None and "collapsed" not in m.note
     ]
     remarks += _doubts_about_speed(noted)
     return remarks

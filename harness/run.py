@@ -546,8 +546,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     calibrates = config["card"].get("calibrates", True)
     cost = {
         # a dense model was not compressed: an empty cell, not a zero
-        # what it would have cost alone: a sweep that reuses statistics must not make its later rows look cheaper
-        "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds,
+        # what it would have cost alone: neither statistics of a sweep nor a kill must make a row look cheaper
+        "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds + learned.earlier_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
         "peak_device_bytes": peak_device,
         "peak_host_bytes": peak_host,

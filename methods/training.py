@@ -289,6 +289,8 @@ def _callback(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 0:
                 look(0)
+            else:
+                bench.log.go_on("training loss", first_step + state.global_step)
             for _done in range(state.global_step + 1):
                 next(self.bar, None)
 

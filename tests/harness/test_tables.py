@@ -222,6 +222,13 @@ def test_a_baseline_that_is_no_reference_says_so():
     assert block.notes[number - 1] == "perplexity outside its anchor of 27.65"
 
 
+def test_seconds_that_are_not_all_of_them_say_so():
+    run = record("gptq", 4)
+    noted = [replace(m, note="of the second try") if m.metric == "compress_seconds" else m for m in run.measurements]
+    (block,) = blocks([record("dense"), replace(run, measurements=noted)])
+    assert "compress_seconds of the second try" in block.notes
+
+
 def test_a_table_too_wide_is_cut_between_quality_and_speed():
     (block,) = blocks(sweep())
     heads = [line for line in to_markdown("", [block], width=130).splitlines() if "Method" in line]

@@ -157,6 +157,30 @@ trained(Path({scratch!r}), TrainingSettings(steps=10, learning_rate=1e-2, checkp
 """
 
 
+def test_the_time_of_a_try_that_was_killed_counts_up_to_where_the_next_goes_on(tmp_path):
+    settings = TrainingSettings(steps=5, learning_rate=1e-3, checkpoint_steps=2)
+    taken = []
+
+    def killed_in_the_fourth_step():
+        taken.append(1)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+
+    def tried(after_step=None):
+        module, log = tiny_model("llama"), TrainingLog(tmp_path / "curves.jsonl")
+        run = replace(bench(tmp_path), log=log)
+        weights = [module.model.layers[0].mlp.down_proj.weight]
+        train(module, weights, WINDOWS, language_modeling_loss, settings, run, "test", after_step)
+        return log
+
+    with pytest.raises(KeyboardInterrupt):
+        tried(killed_in_the_fourth_step)
+    noted = TrainingLog(tmp_path / "curves.jsonl").seconds["training loss"]
+    again = tried()
+    assert again.earlier_seconds == noted[2] > 0
+    assert again.seconds["training loss"][3] > noted[2]
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     """Killed after step 7, resumed from step 6 in another process: bit for bit what an undisturbed run gives."""
     here = Path(__file__).parent
