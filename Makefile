@@ -96,7 +96,8 @@ table-3: setup
 
 table-4: setup
 	-$(RUN) -m harness experiment=table_4
-	-$(RUN) -m harness -m 'method=[gptq,attention_sinks],[gptq,speculative_decoding],[kv_cache,speculative_decoding]' evaluation=architecture
+	-$(RUN) -m harness -m 'method=[gptq,attention_sinks],[gptq,speculative_decoding],[kv_cache,speculative_decoding]' evaluation=architecture \
+		hardware.steps=plain
 	$(RUN) -m harness.tables table_4
 
 WANDB_OPTIONS = $(if $(PROJECT),project=$(PROJECT)) $(if $(ENTITY),entity=$(ENTITY))

@@ -22,7 +22,7 @@ from harness import launching, stacks
 from harness.errors import ConfigError
 from harness.records import RunRecord
 from harness.redaction import redact
-from harness.run import CONF, Outcome, Paths, describe, make, run
+from harness.run import CONF, Outcome, Paths, Timing, describe, make, run
 
 GROUPS = {  # the order in which help lists them
     "method": "how the model is made cheaper",
@@ -44,7 +44,7 @@ GROUPS = {  # the order in which help lists them
     "tracker": "where records go besides the results folder",
     "experiment": "ready-made sweeps",
 }
-PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "paths", "steps")
+PLAIN_KEYS = ("bits", "sparsity", "seed", "force", "timing", "paths", "steps")
 USAGE = """\
 Compare LLM inference optimizations: one protocol, one record per run.
 
@@ -59,7 +59,8 @@ Compare LLM inference optimizations: one protocol, one record per run.
 
 Change any value with key=value (method.grid.group_size=32, calibration.samples=64, paths.results=DIR, force=true);
 of a method in a stack, with steps.gptq.method.grid.group_size=32.
-A sweep runs on several GPUs with hydra/launcher=parallel, on a cluster with hydra/launcher=slurm (docs/sweeps.md).
+A sweep runs on several GPUs with hydra/launcher=parallel, on a cluster with hydra/launcher=slurm; timing=later does all
+but the timing, for many runs at once (docs/sweeps.md).
 Show the whole configuration with --cfg job, Hydra's own options with --hydra-help.
 """
 
@@ -171,22 +172,22 @@ def unknown(what: str, name: str, valid: list[str]) -> str:
     return f"unknown {what} {name!r}.{hint}\nValid: {', '.join(valid)}"
 
 
-def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool]:
-    """Hydra's configuration as plain values, the folders, and whether to run again."""
+def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool, Timing]:
+    """Hydra's configuration as plain values, the folders, whether to run again, and when to time: what `run` takes."""
     from omegaconf import OmegaConf
 
     from harness.wheels import default_cache
 
     config = OmegaConf.to_container(stacks.flatten(cfg), resolve=True)
     paths = config.pop("paths")
-    force = bool(config.pop("force"))
+    force, timing = bool(config.pop("force")), config.pop("timing")
     config["model"].setdefault("name", f"local-{Path(config['model'].get('path') or '').stem}")
     cache = Path(paths["cache"]) if paths["cache"] else default_cache()
-    return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force
+    return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force, timing
 
 
-def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Paths, bool]:
-    """One run's configuration from its overrides, without Hydra's command line; folders, and whether to run again.
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Paths, bool, Timing]:
+    """One run's configuration from its overrides, without Hydra's command line, as `resolve` returns it.
 
     Raises ConfigError for a name or a value that no file knows.
     """
@@ -217,7 +218,7 @@ def _job(cfg: Any) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     group = f"sweep {folder.parent.name}" if sweeping else None
     try:
-        config, paths, force = resolve(cfg)
+        config, paths, force, timing = resolve(cfg)
         tracker = make(config["tracker"], "tracker", {"group": group})
         if sweeping:
             begin(config, paths, describe(config), folder)
@@ -232,7 +233,7 @@ def _job(cfg: Any) -> None:
             if place:
                 _say(f"  tracked: {place}")
 
-        outcome = run(config, paths, force, say=_say, track=track)
+        outcome = run(config, paths, force, timing, say=_say, track=track)
     _report(outcome)
     if sweeping:
         try:

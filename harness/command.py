@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.records import RunRecord
 
-LOCAL = ("paths.", "tracker", "force", "hydra")  # say where and how, not what
+LOCAL = ("paths.", "tracker", "force", "timing", "hydra")  # say where and how, not what
 
 
 def single_command(record: RunRecord) -> str:

@@ -59,11 +59,7 @@ def run_probes(
     is not run again: an evaluation that was killed goes on where it stopped.
     A probe with a true `ends_stage` leaves the model in another state and therefore runs after the others.
     """
-    files = {
-        kept / f"{index}-{type(probe).__name__}.json": probe
-        for index, probe in enumerate(probes)
-        if probe.stage == stage
-    }
+    files = _files(probes, stage, kept)
     remaining = [path for path in files if not path.exists()]
     if remaining:
         import torch
@@ -76,6 +72,22 @@ def run_probes(
     for path in sorted(remaining, key=lambda path: getattr(files[path], "ends_stage", False)):
         measured = [_plain(measurement) for measurement in files[path].measure(lm, context)]
         write_json_atomically(measured, path)
+    return _read(files)
+
+
+def kept_measurements(probes: Sequence[Probe], stage: Stage, kept: Path) -> list[Measurement] | None:
+    """What all probes of a stage have left in `kept`, as `run_probes` returns it; None where one is still to run."""
+    files = _files(probes, stage, kept)
+    return _read(files) if all(path.exists() for path in files) else None
+
+
+def _files(probes: Sequence[Probe], stage: Stage, kept: Path) -> dict[Path, Probe]:
+    """Where the measurements of each probe of a stage are kept, in the order of the probes."""
+    names = {kept / f"{index}-{type(probe).__name__}.json": probe for index, probe in enumerate(probes)}
+    return {path: probe for path, probe in names.items() if probe.stage == stage}
+
+
+def _read(files: Iterable[Path]) -> list[Measurement]:
     return [measurement_from_json(data) for path in files for data in json.loads(path.read_text(encoding="utf-8"))]
 
 

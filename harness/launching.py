@@ -94,6 +94,20 @@ def visible_devices(installed: int) -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip()]
 
 
+def own_device(device: str) -> str:
+    """The device of a run as every process of this machine names it, whichever GPUs each of them sees.
+
+    device: torch's, "cpu", "cuda" or "cuda:1".
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device
+    from harness.environment import machine
+
+    visible, number = visible_devices(len(machine()["gpus"])), int(index or 0)
+    return f"GPU {visible[number] if number < len(visible) else number}"
+
+
 def share_devices(launcher: str, device: str, sweep: Path) -> None:
     """Give this worker of a parallel sweep one GPU of the machine and hide the others.
 

@@ -172,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         runs, overrides = _runs(arguments)
-        config, paths, _ = composed(overrides)
+        config, paths, *_ = composed(overrides)
         paths.scratch.mkdir(parents=True, exist_ok=True)  # not /tmp, which may lie in the memory that is measured
         with tempfile.TemporaryDirectory(prefix="noise-", dir=paths.scratch) as folder:
             floor = measure(config, paths.cache, Path(folder), runs, lambda line: print(line, flush=True))

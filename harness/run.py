@@ -5,7 +5,7 @@
 
 Data moves one way: no method sees a probe, no probe sees a method, tables see only records. Finished stages are kept
 under a digest of what they depend on, so a killed sweep goes on where it stopped, and changing the evaluation does
-not compress again.
+not compress again. Of all runs that share a results folder one at a time is timed on each device.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 import time
 import types
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from harness import claims, environment, sanity, stages
+from harness import claims, environment, launching, sanity, stages
 from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
 from harness.errors import ConfigError, RunError
+from harness.evaluation import kept_measurements
 from harness.records import (
     Failure,
     Measurement,
@@ -42,10 +44,12 @@ from harness.records import (
 if TYPE_CHECKING:
     from harness.corpus import Corpus
     from harness.engines.choice import EngineChoice
-    from harness.evaluation import Probe
+    from harness.evaluation import Probe, Stage
     from harness.layer_errors import LayerErrors
     from harness.method import LanguageModel, Method
     from harness.models import ModelSource
+
+Timing = Literal["now", "later"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (ROOT / "conf", ROOT / "harness" / "conf") if (folder / "config.yaml").is_file())
@@ -53,6 +57,7 @@ DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
+UNTIMED = "not timed yet; the same command without timing=later times it and writes the record"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
 
 
@@ -71,9 +76,13 @@ class Paths:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. "skipped": a finished record was there; "refused": the configuration cannot be run."""
+    """How a run ended. "skipped": a finished record was there; "refused": the configuration cannot be run.
 
-    status: Literal["finished", "skipped", "failed", "refused"]
+    "untimed": all that need not be alone on the device is done and kept, no record is written yet; `record` says what
+    was measured until then.
+    """
+
+    status: Literal["finished", "skipped", "untimed", "failed", "refused"]
     title: str
     reason: str = ""
     record: RunRecord | None = None
@@ -97,12 +106,14 @@ def run(
     config: dict[str, Any],
     paths: Paths,
     force: bool = False,
+    timing: Timing = "now",
     say: Callable[[str], None] = print,
     track: Callable[[RunRecord], None] | None = None,
 ) -> Outcome:
     """Compress and measure as the resolved configuration says; leave a record.
 
     force: run again although a finished record is there (artifact and measurements are made anew).
+    timing: "later" leaves out the stage that times, and with it the record; a run without it does only that stage.
     track: called with every record that this call writes, the dense baseline's included.
     Failures of a stage become a record with status "failed"; configuration errors leave none.
     """
@@ -110,6 +121,8 @@ def run(
     if int(os.environ.get("RANK", "0")):  # started by accelerate launch beside the process that writes
         return _along(config, paths, title)
     try:
+        if timing not in get_args(Timing):
+            raise ConfigError(f"timing={timing}: choose one of {', '.join(get_args(Timing))}")
         wanted = identity(config)
         digest = digest_of(wanted)
         path = record_path(wanted, digest, paths)
@@ -127,8 +140,8 @@ def run(
         return Outcome("failed", title, str(error))
     reference = None
     if compared:
-        reference = run(dense_twin(config), paths, force=False, say=say, track=track)
-        if reference.status not in ("finished", "skipped"):
+        reference = run(dense_twin(config), paths, force=False, timing=timing, say=say, track=track)
+        if reference.status not in ("finished", "skipped", "untimed"):
             return Outcome("failed", title, f"its dense baseline failed: {reference.reason}")
         distrust = sanity.distrusted(reference.record.measurements)
         if distrust:
@@ -143,7 +156,11 @@ def run(
             remove_drafts(path.parent, path.name)
             remove_drafts(paths.scratch / "measurements" / digest)
             say(f"{title}: compressing and measuring ({digest})")
-            record = _measure(config, wanted, digest, parts, paths, reference, force, say)
+            wait = timing == "later" and any(probe.stage == "time" for probe in parts.probes)
+            measured: tuple[Stage, ...] = ("evaluate",) if wait else ("evaluate", "time")
+            record = _measure(config, wanted, digest, parts, paths, reference, force, measured, say)
+            if wait and record.failure is None:
+                return Outcome("untimed", title, UNTIMED, record)
             write_record(record, path)
     except OSError as error:
         return Outcome("failed", title, f"could not write below {paths.results}: {error.strerror or error}; {_WAY_OUT}")
@@ -391,9 +408,13 @@ def _measure(
     paths: Paths,
     reference: Outcome | None,
     force: bool,
+    measured: Sequence[Stage],
     say: Callable[[str], None],
 ) -> RunRecord:
-    """Run the stages; a stage that fails makes the record a failed one."""
+    """Run the stages; a stage that fails makes the record a failed one.
+
+    measured: the stages that probes run in; one of which everything is kept already costs no process.
+    """
     artifact = paths.scratch / "artifacts" / digest_of(compression_identity(wanted))
     samples = paths.results / "samples" / _safe(config["model"]["name"]) / digest
     kept = paths.scratch / "measurements" / digest
@@ -416,7 +437,6 @@ def _measure(
     )
     shared = {"config": config, "cache": str(paths.cache), "artifact": str(artifact)}
     statistics = paths.scratch / "statistics" / digest_of(calibration_identity(wanted))
-    threads = parts.hardware.thread_count
     measurements: list[Measurement] = []
     readers = paths.scratch / "claims" / f"{artifact.name}.readers"
     reading = ExitStack()
@@ -432,19 +452,23 @@ def _measure(
         measurements += _cost_measurements(report["cost"])
         folders = {"samples": str(samples), "kept": str(kept)}
         folders["reference"] = str(paths.results / reference.record.samples) if reference and reference.record else None
-        for stage in ("evaluate", "time"):
-            if not any(probe.stage == stage for probe in parts.probes):
-                continue
-            result = stages.run_stage(
-                stage,
-                evaluate,
-                {**shared, **folders, "stage": stage},
-                seconds_limit=parts.hardware.evaluate_seconds_limit,
-                threads=threads,
-                log=log / f"{stage}.txt",
-            )
-            say(f"  {stage}: {result.seconds:.0f} s")
-            measurements += [measurement_from_json(m) for m in result.value]
+        for stage in measured:
+            found = kept_measurements(parts.probes, stage, kept)
+            if found is None:
+                with _alone_on_the_device(parts.hardware, paths, say) if stage == "time" else nullcontext():
+                    result = stages.run_stage(
+                        stage,
+                        evaluate,
+                        {**shared, **folders, "stage": stage},
+                        seconds_limit=parts.hardware.evaluate_seconds_limit,
+                        threads=parts.hardware.thread_count,
+                        log=log / f"{stage}.txt",
+                    )
+                say(f"  {stage}: {result.seconds:.0f} s")
+                found = [measurement_from_json(m) for m in result.value]
+            elif found:
+                say(f"  {stage}: already done")
+            measurements += found
         if is_dense(config):
             measurements = sanity.check_anchors(measurements, parts.model.anchors)
         elif reference and reference.record:
@@ -456,6 +480,15 @@ def _measure(
     finally:
         reading.close()
     return replace(record, status="finished", measurements=measurements, finished=_now())
+
+
+def _alone_on_the_device(
+    hardware: environment.Hardware, paths: Paths, say: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """Held by one run at a time of all that share this results folder and this device."""
+    device = launching.own_device(hardware.device)
+    name = _safe(f"timing-{socket.gethostname()}-{device}")
+    return claims.claimed(paths.scratch / "claims" / name, say, f"time on {device}")
 
 
 def _forget(artifact: Path, readers: Path, say: Callable[[str], None]) -> None:
@@ -708,12 +741,12 @@ def _now() -> str:
 class _Callable(types.ModuleType):
     """This module: `from harness import run` gives it, and scripts call it."""
 
-    def __call__(self, *overrides: str) -> RunRecord:
+    def __call__(self, *overrides: str) -> RunRecord | None:
         """One run, said as on the command line: run("method=gptq", "bits=3"); its record.
 
-        A finished record is returned at once. In a script the call belongs below `if __name__ == "__main__":`, because
-        stages run in processes that import the script. Raises ConfigError for what cannot be run, RunError for what
-        failed.
+        A finished record is returned at once; None for timing=later, which leaves none. In a script the call belongs
+        below `if __name__ == "__main__":`, because stages run in processes that import the script. Raises ConfigError
+        for what cannot be run, RunError for what failed.
         """
         from harness.cli import composed
 
@@ -722,7 +755,7 @@ class _Callable(types.ModuleType):
             raise ConfigError(outcome.reason)
         if outcome.status == "failed" or outcome.record is None:
             raise RunError(f"{outcome.title}: {outcome.reason}")
-        return outcome.record
+        return None if outcome.status == "untimed" else outcome.record
 
 
 sys.modules[__name__].__class__ = _Callable

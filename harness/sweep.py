@@ -20,7 +20,13 @@ from harness.redaction import redact
 from harness.run import Outcome, Paths, lost
 
 OUTCOME_FILE = "outcome.json"
-STATUSES = {"finished": "finished", "skipped": "already recorded", "failed": "failed", "refused": "refused"}
+STATUSES = {
+    "finished": "finished",
+    "skipped": "already recorded",
+    "untimed": "not timed yet",
+    "failed": "failed",
+    "refused": "refused",
+}
 STATUSES |= {launching.LOST: "lost with their worker"}
 POLL_SECONDS = 0.5
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -142,6 +148,8 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
     if skipped:
         words = markup.plain(f"not run again (force=true does): {'; '.join(skipped)}")
         lines.append(wrapped(words, width, "    ", "  "))
+    if counts["untimed"]:
+        lines.append("  the same command without timing=later, one job after the other, times them and writes records")
     if not paths:
         return "\n".join(lines)
     results = results_of(paths[0])

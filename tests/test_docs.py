@@ -63,7 +63,7 @@ def test_every_run_and_sweep_of_the_documentation_composes(command):
         for argument in sweepable(arguments)
         if "=" in argument and not argument.startswith("hydra")  # launchers: tests/harness/test_launching.py
     ]
-    config, _, _ = composed(overrides)
+    config, *_ = composed(overrides)
     assert "_target_" in config["method"]
 
 

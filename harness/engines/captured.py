@@ -84,9 +84,11 @@ class CapturedSteps:
         slot.held.add_(held)
         return self._steps(slot, torch.zeros_like(slot.token), new_tokens)
 
-    def forget(self) -> None:
-        """Give back the memory of the latest shape of request."""
+    def forget(self) -> bool:
+        """Give back the memory of the latest shape of request; whether there was any."""
+        held = self._slot is not None
         self._shape = self._slot = None
+        return held
 
     @staticmethod
     def _steps(slot: _Slot, step: Tensor, count: int) -> Iterator[Tensor]:

@@ -288,10 +288,9 @@ class TransformersEngine:
             ]
             cache.update(*pair, index)
 
-    def forget_requests(self) -> None:
-        """Give back what is kept of the latest shape of request: a static cache, a graph."""
-        if self._captured is not None:
-            self._captured.forget()
+    def forget_requests(self) -> bool:
+        """Give back what is kept of the latest shape of request, a static cache, a graph; whether there was any."""
+        return self._captured is not None and self._captured.forget()
 
     @property
     def _takes_padding(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,25 @@ def test_cache_bytes_are_those_of_the_shape(measured):
     # keys and values, 2 layers, 2 heads of 16, two bytes
     assert measured[1]["kv_cache_bytes_per_token"].value == 2 * 2 * 2 * 16 * 2
     assert analytic_kv_bytes_per_token(measured[0].module, torch.bfloat16) == 2 * 2 * 2 * 16 * 2
+
+
+def test_a_static_cache_is_part_of_the_peak_and_not_of_what_was_held_before(trained_folder, tmp_path, monkeypatch):
+    hardware = Hardware("cpu", decoding_dtype="float32", steps="captured")
+    lm = artifact.load(trained_folder, "cpu", torch.float32)
+    lm = replace(lm, engine=lm.engine.on_hardware(None, hardware.steps))
+    lm.engine.prepare("decoding", torch.float32)
+    held = []
+
+    def peak(work, _device):
+        for _ in range(2):
+            held.append(lm.engine._captured._slot is not None)
+            work()
+        return 0
+
+    monkeypatch.setattr("harness.probes.footprint.peak_bytes", peak)
+    context = Context(None, hardware, trained_folder, tmp_path, None, tmp_path, 0, NoProgress())
+    list(Footprint(prompt_tokens=16, new_tokens=4).measure(lm, context))
+    assert held == [False, True] * 2
 
 
 def test_every_stored_part_of_a_linear_counts_but_its_bias():

@@ -92,7 +92,7 @@ def test_only_gpus_that_are_visible_are_shared_out(tmp_path, monkeypatch):
 def test_a_job_that_was_begun_and_not_ended_becomes_a_failed_record(tmp_path, monkeypatch, capsys):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["method=rtn", *SETTINGS, f"paths.results={tmp_path}"])
-    config, paths, _ = resolve(cfg)
+    config, paths, *_ = resolve(cfg)
     monkeypatch.setattr(launching, "mark_of_this_process", lambda: {"host": "here", "process": ended_process()})
     for number, host in enumerate(("here", "there")):
         sweep.begin(config, paths, "RTN, 4 bits, on tiny", tmp_path / "sweep" / str(number))

@@ -111,8 +111,9 @@ def test_a_cache_of_noise_holds_what_was_asked_for_and_steps_go_on_from_there(st
     assert cache.layers[1].keys.shape == (3, 2, 20, 8)
     if steps == "captured":
         assert int(engine._captured._slot.cache.get_seq_length()) == 25
-        engine.forget_requests()
+        assert engine.forget_requests()
         assert engine._captured._slot is None
+    assert not engine.forget_requests()
     sinks = AttentionSinks(2, 30, 16).compress(language_model(), None)
     with pytest.raises(RunError, match="read_tokens"):
         next(sinks.engine.generate_after_noise(1, 8, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -122,3 +123,98 @@ def test_what_several_processes_train_is_another_run_than_what_one_does(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert digest("word_kd") != alone["word_kd"]
     assert digest("rtn") == alone["rtn"]
+
+
+# ---------------------------------------------------------------------------------------------------- timing by itself
+
+
+def test_what_was_measured_at_once_is_timed_later_and_nothing_is_done_twice(config, tmp_path, monkeypatch):
+    """The same numbers as in one go. Between the two there is no record, and the second only times."""
+    started = []
+
+    def here(stage, function, arguments, **_):
+        started.append(stage)
+        return run.stages.StageResult(function(**arguments), 1.0, None)
+
+    monkeypatch.setattr(run.stages, "run_stage", here)
+    monkeypatch.setattr(run.stages, "warm_up", lambda: None)
+    later = run.run(config, paths(tmp_path), timing="later", say=lambda _: None)
+    assert (later.status, later.path) == ("untimed", None)
+    assert later.record.find("perplexity").value > 1
+    assert list(read_records(tmp_path / "results")) == []
+    assert started == ["compress", "evaluate"] * 2  # of the dense model, and of this one
+    again = run.run(config, paths(tmp_path), timing="later", say=lambda _: None)
+    assert (again.status, len(started)) == ("untimed", 4)
+
+    now = run.run(config, paths(tmp_path), say=lambda _: None)
+    assert (now.status, started[4:]) == ("finished", ["time"] * 2)
+    assert run.run(config, paths(tmp_path), timing="later", say=lambda _: None).status == "skipped"
+    once = run.run(config, paths(tmp_path / "once"), say=lambda _: None)
+    quality = ("perplexity", "kl_divergence", "top1_agreement", "effective_bits_per_weight", "stored_bytes")
+    assert [m.metric for m in now.record.measurements] == [m.metric for m in once.record.measurements]
+    assert [now.record.find(name) for name in quality] == [once.record.find(name) for name in quality]
+
+
+def test_a_run_without_a_stage_that_times_has_nothing_to_do_later(config, tmp_path, monkeypatch):
+    config["evaluation"]["probes"] = {"perplexity": config["evaluation"]["probes"]["perplexity"]}
+    monkeypatch.setattr(run, "_baseline_needed", lambda *_: False)
+    monkeypatch.setattr(run, "_measure", lambda config, *_: lost_record(config, paths(tmp_path)))
+    assert run.run(config, paths(tmp_path), timing="later", say=lambda _: None).path is not None
+
+
+def lost_record(config, where):
+    return run.lost(config, where, "planted")[1]
+
+
+def test_two_runs_are_never_timed_at_once_on_one_device(config, tmp_path, monkeypatch):
+    """Nor do they wait for each other with anything else, or on two devices."""
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
+    spans = {"evaluate": [], "time": []}
+
+    def stage_of(name, *_, **__):
+        begun = time.monotonic()
+        time.sleep(0.2)
+        if name != "compress":
+            spans[name].append((begun, time.monotonic()))
+            return run.stages.StageResult([], 0.2, None)
+        report = {"cost": {"compress_seconds": None}, "artifact": {}, "curves": [], "origin": {}}
+        return run.stages.StageResult(report, 0.2, None)
+
+    monkeypatch.setattr(run.stages, "run_stage", stage_of)
+    monkeypatch.setattr(run, "_baseline_needed", lambda *_: False)
+
+    def overlaps(devices: dict) -> dict[str, bool]:
+        for found in spans.values():
+            found.clear()
+        threads = []
+        for seed, device in devices.items():
+            job = {**config, "seed": seed, "hardware": {**config["hardware"], "device": device}}
+            threads.append(threading.Thread(target=run.run, args=(job, paths(tmp_path)), kwargs={"say": print}))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert [len(found) for found in spans.values()] == [len(devices)] * 2
+        return {
+            name: max(begun for begun, _ in found) < min(ended for _, ended in found) for name, found in spans.items()
+        }
+
+    assert overlaps({1: "cpu", 2: "cpu"}) == {"evaluate": True, "time": False}
+    monkeypatch.setattr(run.environment.Hardware, "check_device", lambda _: None)
+    monkeypatch.setattr(run.launching, "visible_devices", lambda _: ["3", "5"])
+    assert overlaps({3: "cuda:0", 4: "cuda:1"}) == {"evaluate": True, "time": True}
+    assert overlaps({5: "cuda:0", 6: "cuda"}) == {"evaluate": True, "time": False}
+
+
+def test_a_device_has_one_name_whatever_a_process_sees_of_the_machine(monkeypatch):
+    monkeypatch.setattr("harness.environment.machine", lambda: {"gpus": ["H100"] * 4})
+    assert run.launching.own_device("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    seen = run.launching.own_device("cuda"), run.launching.own_device("cuda:1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert seen == (run.launching.own_device("cuda:2"), run.launching.own_device("cuda:0"))
+
+
+def test_another_word_for_when_to_time_is_refused(config, tmp_path):
+    outcome = run.run(config, paths(tmp_path), timing="soon", say=lambda _: None)
+    assert (outcome.status, "now, later" in outcome.reason) == ("refused", True)
