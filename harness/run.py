@@ -231,6 +231,7 @@ def build(config: dict[str, Any]) -> Parts:
     if not probes:
         raise ConfigError("evaluation has no probes: choose evaluation=quick, or name one")
     engine = make(config.get("engine", {}), "engine", DEFAULT)
+    engine.check_hardware(hardware)
     check_probes(engine, probes)
     texts = {key: value for key, value in config["corpus"].items() if key != "path"}  # corpus.path is for its texts
     corpus = make({"_target_": "harness.corpus.Corpus", **texts, **config["calibration"]}, "corpus and calibration")
@@ -349,7 +350,8 @@ def digest_of(value: Any) -> str:
 def record_path(wanted: dict[str, Any], digest: str, paths: Paths) -> Path:
     """Where the record of a configuration lies."""
     engine = [wanted["engine"]["name"]] if "engine" in wanted else []
-    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), *engine, wanted["hardware"]["name"], digest])
+    hardware = environment.label(wanted["hardware"])
+    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), *engine, hardware, digest])
     return paths.results / "records" / _safe(wanted["model"]["name"]) / f"{_safe(name)}.json"
 
 
@@ -502,6 +504,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
 
     quiet_libraries()
     parts, folder = build(config), Path(artifact)
+    parts.hardware.make_current()
     device, dtype = parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype)
     on_gpu = device.startswith("cuda")
     by_block = on_gpu and getattr(parts.method, "computes_block_by_block", False)
