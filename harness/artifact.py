@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from harness.engines.transformers import Mode
     from harness.method import LanguageModel
 
 DESCRIPTION = "harness.json"
@@ -98,10 +99,12 @@ def _put(partial: Path, folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
+def load(folder: Path, device: str | Sequence[str], dtype: torch.dtype, mode: Mode = "decoding") -> LanguageModel:
     """The model in `folder`, uncompressed parameters in `dtype`, on `device`, in evaluation mode.
 
-    Raises RunError when a file is missing, torn or does not fit its description.
+    device: one, or several that hold some blocks each (harness.engines.placement); mode: what they need room for.
+    Raises RunError when a file is missing, torn or does not fit its description; before weights are read where several
+    devices cannot hold or run this model.
     """
     import torch
     from accelerate import init_empty_weights
@@ -110,10 +113,14 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import methods.pruning.uneven  # noqa: F401 registers models of uneven layers with the Auto classes
+    from harness.engines import placement
     from harness.engines.transformers import TransformersEngine
     from harness.method import LanguageModel
 
     description = read_description(folder)
+    devices = [device] if isinstance(device, str) else list(device)
+    if len(devices) > 1:
+        placement.check_engine(description.get("engine", {}))
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # for other programs; our layers come from the description
@@ -122,18 +129,21 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
         for name, spec in description["modules"].items():
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, _rebuild(name, spec))
+    places = {"": devices[0]}
+    if len(devices) > 1:
+        places = placement.device_map(module, devices, placement.free_bytes(devices), mode, dtype)
+    stored = set(description["modules"])
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         try:
-            state |= load_file(file)
+            read = load_file(file)
         except (SafetensorError, OSError) as error:
             raise RunError(
                 f"{file} is not a readable safetensors file ({error}); delete {folder} and run again"
             ) from error
-    stored = {name for name, spec in description["modules"].items()}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not inside(name, stored):
-            state[name] = tensor.to(dtype)
+        for name, tensor in read.items():
+            cast = dtype if tensor.is_floating_point() and not inside(name, stored) else tensor.dtype
+            state[name] = tensor.to(dtype=cast).to(placement.home_of(name, places))
     _, unexpected = module.load_state_dict(state, strict=False, assign=True)
     for child in module.modules():
         if hasattr(child, "tie_weights"):  # the model, and another that lies inside it
@@ -144,7 +154,8 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
             f"{folder} does not hold this model: missing {unset[:3] or 'nothing'}, not expected "
             f"{unexpected[:3] or 'nothing'}; delete it and run again"
         )
-    module.requires_grad_(False).eval().to(device)
+    module.requires_grad_(False).eval()
+    placement.dispatch(module, places)
     return LanguageModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(folder),

@@ -35,6 +35,7 @@ USUAL = {
     "attention": None,
     "steps": "plain",
     "sharded": False,
+    "devices": 1,
 }  # options that came later: at these values nothing is new
 STEPS = ("plain", "captured", "compiled", "auto")  # how tokens are decoded, see TransformersEngine
 
@@ -52,6 +53,7 @@ class Hardware:
     steps: how tokens are decoded in speed measurements: "plain", "captured" (a static cache, one CUDA graph for all
         steps), "compiled" (the same, the step compiled before: a minute or two for each shape of request), or "auto",
         which captures on a GPU.
+    devices: GPUs of this machine that hold the model together, some blocks each, while it is measured.
     sharded: processes that train a student together (`accelerate launch`) hold a part of it each, instead of all of it.
     compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.
     """
@@ -63,6 +65,7 @@ class Hardware:
     decoding_dtype: str = "auto"
     attention: str | None = None
     steps: str = "plain"
+    devices: int = 1
     sharded: bool = False
     compress_seconds_limit: float = 14400
     evaluate_seconds_limit: float = 14400
@@ -78,8 +81,35 @@ class Hardware:
             check_name(self.attention, "hardware.attention")
         if self.steps not in STEPS:
             raise ConfigError(f"hardware.steps={self.steps}: choose one of {', '.join(STEPS)}")
+        self._check_devices()
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"hardware.threads={self.threads}: must be at least 1, or null for all cores")
+
+    def _check_devices(self) -> None:
+        several = f"hardware.devices={self.devices}"
+        if self.devices < 1:
+            raise ConfigError(f"{several}: must be at least 1")
+        if self.devices == 1:
+            return
+        if self.device != "cuda":
+            raise ConfigError(
+                f"{several} divides a model over GPUs 0 to {self.devices - 1}, and hardware.device={self.device}: "
+                "choose hardware.device=cuda (CUDA_VISIBLE_DEVICES says which GPUs), or hardware.devices=1"
+            )
+        if self.steps in ("captured", "compiled"):
+            raise ConfigError(
+                f"{several}, hardware.steps={self.steps}: a CUDA graph belongs to one GPU; choose hardware.steps=plain"
+            )
+        if training_processes() > 1:
+            raise ConfigError(
+                f"{several} with {training_processes()} processes that train together: each has one GPU; choose "
+                "hardware.devices=1, and hardware.sharded=true where a student does not fit"
+            )
+
+    @property
+    def places(self) -> list[str]:
+        """The devices that hold the model, as torch names them."""
+        return [self.device] if self.devices == 1 else [f"{self.device}:{number}" for number in range(self.devices)]
 
     @property
     def thread_count(self) -> int:
@@ -94,6 +124,13 @@ class Hardware:
             return "bfloat16"
         return "bfloat16" if _cpu_has_bfloat16() else "float32"
 
+    def make_current(self) -> None:
+        """Make a numbered GPU the one for whatever is not told which: kernels of Triton, counts of memory."""
+        if ":" in self.places[0]:
+            import torch
+
+            torch.cuda.set_device(self.places[0])
+
     def check_device(self) -> None:
         """Raise ConfigError when the device is not there."""
         import torch
@@ -103,6 +140,17 @@ class Hardware:
                 f"hardware={self.name} needs a CUDA device and torch sees none; use hardware=cpu, "
                 "or install a CUDA build of torch"
             )
+        if self.devices > 1 and torch.cuda.device_count() < self.devices:
+            raise ConfigError(
+                f"hardware.devices={self.devices}: torch sees {torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES hides "
+                "others, and so does hydra/launcher=parallel, which gives each job one)"
+            )
+
+
+def label(hardware: dict[str, Any]) -> str:
+    """What a machine's configuration is called: "h100", over two of them "h100_x2"."""
+    name, devices = str(hardware.get("name", "unknown hardware")), hardware.get("devices", 1)
+    return name if devices == 1 else f"{name}_x{devices}"
 
 
 def telling(hardware: dict[str, Any]) -> dict[str, Any]:

@@ -335,6 +335,7 @@ def _require_memory(name: str, parameters: int, device: str, dtype: torch.dtype)
     if free is not None and needed > free:
         raise RunError(
             f"{name}: its {parameters / 1e9:.2f} billion weights need {needed / 2**30:.1f} GiB in "
-            f"{str(dtype).removeprefix('torch.')} and {free / 2**30:.1f} GiB are free; use a smaller model, "
-            "hardware.scoring_dtype=bfloat16, or a machine with more memory"
+            f"{str(dtype).removeprefix('torch.')} and {free / 2**30:.1f} GiB are free on {device}; "
+            "use a smaller model, hardware.scoring_dtype=bfloat16, a machine with more memory, or, on a GPU, a method "
+            "that goes block by block (docs/gpu.md)"
         )

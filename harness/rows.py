@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness import markup
+from harness.environment import label
 from harness.records import RunRecord
 from harness.taxonomy import DENSE, GROUPS, SYSTEMS, Group, placement
 
@@ -39,7 +40,7 @@ def engine_name(record: RunRecord) -> str:
 
 def hardware_name(record: RunRecord) -> str:
     """The name of the hardware configuration."""
-    return str((record.config.get("hardware") or {}).get("name", "unknown hardware"))
+    return label(record.config.get("hardware") or {})
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -248,6 +248,7 @@ def build(config: dict[str, Any]) -> Parts:
     if not probes:
         raise ConfigError("evaluation has no probes: choose evaluation=quick, or name one")
     engine = make(config.get("engine", {}), "engine", DEFAULT)
+    engine.check_hardware(hardware)
     check_probes(engine, probes)
     texts = {key: value for key, value in config["corpus"].items() if key != "path"}  # corpus.path is for its texts
     corpus = make({"_target_": "harness.corpus.Corpus", **texts, **config["calibration"]}, "corpus and calibration")
@@ -366,7 +367,8 @@ def digest_of(value: Any) -> str:
 def record_path(wanted: dict[str, Any], digest: str, paths: Paths) -> Path:
     """Where the record of a configuration lies."""
     engine = [wanted["engine"]["name"]] if "engine" in wanted else []
-    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), *engine, wanted["hardware"]["name"], digest])
+    hardware = environment.label(wanted["hardware"])
+    name = "-".join([wanted["card"]["name"], *_variant(wanted["method"]), *engine, hardware, digest])
     return paths.results / "records" / _safe(wanted["model"]["name"]) / f"{_safe(name)}.json"
 
 
@@ -455,7 +457,7 @@ def _measure(
         for stage in measured:
             found = kept_measurements(parts.probes, stage, kept)
             if found is None:
-                with _alone_on_the_device(parts.hardware, paths, say) if stage == "time" else nullcontext():
+                with _alone_on_the_devices(parts.hardware, paths, say) if stage == "time" else nullcontext():
                     result = stages.run_stage(
                         stage,
                         evaluate,
@@ -482,13 +484,14 @@ def _measure(
     return replace(record, status="finished", measurements=measurements, finished=_now())
 
 
-def _alone_on_the_device(
-    hardware: environment.Hardware, paths: Paths, say: Callable[[str], None]
-) -> AbstractContextManager[None]:
-    """Held by one run at a time of all that share this results folder and this device."""
-    device = launching.own_device(hardware.device)
-    name = _safe(f"timing-{socket.gethostname()}-{device}")
-    return claims.claimed(paths.scratch / "claims" / name, say, f"time on {device}")
+@contextmanager
+def _alone_on_the_devices(hardware: environment.Hardware, paths: Paths, say: Callable[[str], None]) -> Iterator[None]:
+    """Held by one run at a time of all that share this results folder and one of these devices."""
+    with ExitStack() as held:
+        for device in sorted(launching.own_device(place) for place in hardware.places):  # all in one order
+            name = _safe(f"timing-{socket.gethostname()}-{device}")
+            held.enter_context(claims.claimed(paths.scratch / "claims" / name, say, f"time on {device}"))
+        yield
 
 
 def _forget(artifact: Path, readers: Path, say: Callable[[str], None]) -> None:
@@ -535,6 +538,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
 
     quiet_libraries()
     parts, folder = build(config), Path(artifact)
+    parts.hardware.make_current()
     device, dtype = parts.hardware.device, getattr(torch, parts.hardware.scoring_dtype)
     on_gpu = device.startswith("cuda")
     by_block = on_gpu and getattr(parts.method, "computes_block_by_block", False)

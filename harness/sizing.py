@@ -167,6 +167,26 @@ def devices_to_serve(shape: Shape, bits: float, tokens: int = 32 * 4096) -> int:
     return int(-(-(stored_bytes(shape, bits) + cache_bytes(shape, tokens)) // (USABLE * DEVICE_BYTES)))
 
 
+def devices_to_hold(shape: Shape, bits: float, scoring: bool) -> int:
+    """80 GB devices over which `hardware.devices` divides a model, blocks whole (harness.engines.placement).
+
+    Scoring keeps a dense copy beside packed weights.
+    """
+    from harness.engines.placement import divide
+    from harness.errors import RunError
+
+    block = shape.block_weights * (bits + (16 if scoring and bits < 16 else 0)) / 8
+    ends = [2 * shape.vocabulary * shape.hidden, 0 if shape.tied else 2 * shape.vocabulary * shape.hidden]
+    sizes = [ends[0], *[int(block)] * shape.layers, ends[1]]
+    for devices in range(1, shape.layers + 2):
+        try:
+            divide(sizes, [int(USABLE * DEVICE_BYTES)] * devices)
+        except RunError:
+            continue
+        return devices
+    raise ValueError(f"{shape.name}: one block is larger than a device")
+
+
 def page() -> str:
     """The whole page, in Markdown."""
     four, three, sparse = grouped_bits(4), grouped_bits(3), masked_bits(0.5)
@@ -193,7 +213,7 @@ def page() -> str:
         f"## Compressing block by block\n\n`calibration=standard` ({SAMPLES} windows of {WINDOW} tokens), one "
         "device. Host memory is in 16 bits: `hardware.scoring_dtype=float32` doubles it, and the errors of "
         "layers, which load the original once more, double it again (without the room the record says that they were "
-        "not measured). The model is scored on one device afterwards: see the next table.",
+        "not measured). The model is scored on one device or several afterwards: see the next table.",
         _table(
             ["", *names],
             [
@@ -224,8 +244,20 @@ def page() -> str:
             ]
             + [["cache of 32 × 4096 tokens, GB", *(_gb(cache_bytes(shape, 32 * 4096)) for shape in MODELS)]],
         ),
-        "The harness itself scores and times on one device. More of them: `engine=vllm "
-        "engine.tensor_parallel=N` ([engines.md](engines.md)).",
+        "That is `engine=vllm engine.tensor_parallel=N` ([engines.md](engines.md)): every device has a part of every "
+        "layer. The harness's own engine divides a model between its blocks with `hardware.devices=N` "
+        f"([sweeps.md](sweeps.md)). Devices of 80 GB for the weights alone, {USABLE:.0%} of each used, scoring with "
+        "the dense copy that it keeps beside packed weights:",
+        _table(
+            ["`hardware.devices=`", *names],
+            [
+                [f"{label}: to score, to decode", *(_scored_and_decoded(shape, bits) for shape in MODELS)]
+                for label, bits in (("16 bits", 16.0), ("8 bits", 8.05), ("4 bits", four))
+            ],
+        ),
+        "A token passes through one device after the other: its least milliseconds are those of one device, not "
+        "divided. A host holds 8 devices; what needs more to be scored can be compressed here and scored by vLLM, "
+        "which keeps no dense copy.",
         "## Training\n\nGB of device memory for a student of half of the blocks, trained in float32 against a "
         "teacher in memory (`teacher@method.teacher=in_memory`), batches of 8 × 512 tokens; without the "
         "activations inside blocks. Where it does not fit, several processes hold a part of the student each "
@@ -244,6 +276,10 @@ def _wrapped(paragraph: str) -> str:
     if paragraph[0] in "|#-":
         return paragraph
     return textwrap.fill(paragraph, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _scored_and_decoded(shape: Shape, bits: float) -> str:
+    return f"{devices_to_hold(shape, bits, scoring=True)}, {devices_to_hold(shape, bits, scoring=False)}"
 
 
 def _half_student(shape: Shape) -> float:

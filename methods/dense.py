@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dense:
-    """Leaves the model as it is."""
+    """Leaves the model as it is; so it may be larger than a GPU."""
+
+    computes_block_by_block: ClassVar[bool] = True
 
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Return `base` untouched."""

@@ -37,6 +37,9 @@ class EngineChoice(Protocol):
     def check_available(self) -> None:
         """Raise ConfigError with the way to get it where it is missing. Imports and loads nothing."""
 
+    def check_hardware(self, hardware: Hardware) -> None:
+        """Raise ConfigError for a configuration of hardware that this engine cannot use."""
+
     def versions(self) -> dict[str, str]:
         """Of packages outside this interpreter that touch a number."""
 
@@ -60,6 +63,9 @@ class Transformers:
         """Those of this interpreter are in every record."""
         return {}
 
+    def check_hardware(self, hardware: Hardware) -> None:
+        """Runs on whatever a configuration describes."""
+
     @contextmanager
     def running(self, folder: Path, hardware: Hardware, mode: Mode, log: Path) -> Iterator[LanguageModel]:
         """See EngineChoice."""
@@ -67,8 +73,9 @@ class Transformers:
 
         from harness import artifact
 
+        hardware.make_current()
         dtype = hardware.scoring_dtype if mode == "scoring" else hardware.resolved_decoding_dtype()
-        lm = artifact.load(folder, hardware.device, getattr(torch, dtype))
+        lm = artifact.load(folder, hardware.places, getattr(torch, dtype), mode)
         lm.engine = lm.engine.on_hardware(hardware.attention, "plain" if mode == "scoring" else hardware.steps)
         yield lm
 

@@ -26,6 +26,7 @@ from harness.engines.attention import (
 )
 from harness.engines.captured import CapturedSteps
 from harness.engines.joined import join_linears
+from harness.engines.placement import devices_of, is_divided
 from harness.errors import RunError
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ class TransformersEngine:
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states, the input of the output head: ids [B, T] -> [B, T, H] in the module's dtype."""
-        return self._body(tokens.to(self.module.device))
+        """Final hidden states, the input of the output head, on its device: ids [B, T] -> [B, T, H], module's dtype."""
+        return self._body(tokens.to(self.module.device)).to(self.head_device)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
@@ -181,6 +182,11 @@ class TransformersEngine:
         return reader(input_ids=ids, past_key_values=cache, use_cache=True, **told, **extra)
 
     @property
+    def head_device(self) -> torch.device:
+        """Where logits are made; another one than the input's where several devices hold the model."""
+        return self.module.device if self._head is None else devices_of(self._head)[0]
+
+    @property
     def _head(self) -> nn.Module:
         return self.module.get_output_embeddings()
 
@@ -212,13 +218,14 @@ class TransformersEngine:
         head = self._head
         vocabulary = self.module.get_input_embeddings().num_embeddings
         tokens = torch.arange(8, device=self.module.device)[None] % vocabulary
-        hidden = self._body(tokens)[0]
+        hidden = self.hidden(tokens)[0]
         if self.cache is None:
             own = self.module(input_ids=tokens, use_cache=False).logits[0].float()
         else:
             cache = self.new_cache()
             parts = [self._read(self.module, part, cache).logits[0] for part in self._parts(tokens)]
             own = torch.cat(parts).float()
+        own = own.to(hidden.device)
         if head is None or not _same(self._through_module(hidden, head), own, hidden.dtype):
             raise RunError(
                 f"{type(self.module).__name__}: logits computed from the final hidden states differ from the model's "
@@ -448,7 +455,8 @@ class TransformersEngine:
     @property
     def _captures(self) -> bool:
         if self.steps == "auto":
-            return self.cache is None and self.decoding is None and self.module.device.type == "cuda"
+            plain = self.cache is None and self.decoding is None
+            return plain and self.module.device.type == "cuda" and not is_divided(self.module)  # a graph has one GPU
         return self.steps in ("captured", "compiled") and self.cache is None and self.decoding is None
 
     @property

@@ -87,6 +87,20 @@ class VLLM:
         if self.script is None:
             interpreters.require(self.interpreter, "engine.interpreter", "vLLM", "vllm", INSTALL)
 
+    def check_hardware(self, hardware: Hardware) -> None:
+        """Raise ConfigError for GPUs that are not there, or are asked for by another option than vLLM's own."""
+        several, there = f"engine.tensor_parallel={self.tensor_parallel}", torch.cuda.device_count()
+        if self.tensor_parallel > 1 and ":" in hardware.device:
+            one = f"hardware.device={hardware.device} is one GPU"
+            raise ConfigError(f"{several}, and {one}; choose hardware.device=cuda")
+        if hardware.device == "cuda" and self.tensor_parallel > there:
+            raise ConfigError(f"{several}: torch sees {there} GPUs (CUDA_VISIBLE_DEVICES hides others)")
+        if hardware.devices > 1:
+            raise ConfigError(
+                f"hardware.devices={hardware.devices}: vLLM shares every layer out over "
+                f"engine.tensor_parallel={hardware.devices} GPUs; choose that and hardware.devices=1"
+            )
+
     def versions(self) -> dict[str, str]:
         """Of the packages in vLLM's Python that touch a number."""
         return interpreters.versions(self.interpreter, PACKAGES)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 
+from harness.engines.placement import devices_of, free_bytes, largest_share
 from harness.environment import available_memory_bytes
 from harness.errors import ConfigError
 from harness.probes.footprint import analytic_kv_bytes_per_token, peak_bytes
@@ -111,7 +112,7 @@ class ContextCost:
                 self._request(lm, prompt)
             stamps.append(self._request(lm, prompt))
 
-        peak = peak_bytes(work, lm.module.device)
+        peak = peak_bytes(work, *devices_of(lm.module))
         held = len(prompt) * lm.engine.kv_cache_bytes(dtype, prompt.shape[1])
         return list(self._measurements(stamps[0], peak, held, on, lm.engine.kernels()))
 
@@ -121,8 +122,9 @@ class ContextCost:
         reads = batch * length <= self.read_tokens
         lm.engine.forget_requests()
         cache = batch * (length + self.new_tokens) * analytic_kv_bytes_per_token(lm.module, dtype)
-        needed = cache + work_bytes(lm.module, dtype, cache, prompt if reads else prompt[:, :1])
-        free = free_bytes(lm.module.device)
+        needed = cache * largest_share(lm.module)  # on the device with most blocks
+        needed += work_bytes(lm.module, dtype, cache, prompt if reads else prompt[:, :1])
+        free = least_free_bytes(devices_of(lm.module))
         if free is not None and needed > free:
             reason = f"does not fit: {needed / GIB:.1f} GiB needed, {cache / GIB:.1f} of them for keys and values"
             return list(_empty(on, f"{reason}; {free / GIB:.1f} GiB free beside the weights"))
@@ -135,7 +137,7 @@ class ContextCost:
             again = lm.engine.generate_after_noise(batch, length, self.new_tokens)
             stamps.append(self._request(lm, prompt) if reads else self._stamped(again))
 
-        peak = peak_bytes(work, lm.module.device)
+        peak = peak_bytes(work, *devices_of(lm.module))
         held = batch * length * analytic_kv_bytes_per_token(lm.module, dtype)
         found = list(self._measurements(stamps[0], peak, held, on, lm.engine.kernels()))
         lm.engine.forget_requests()
@@ -191,12 +193,12 @@ def work_bytes(module: nn.Module, dtype: torch.dtype, cache: int, prompt: torch.
     return layer * (1 + (shared if shared > 1 else 0)) + reading + masks + MARGIN_BYTES
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that new tensors can take; None where the system does not say."""
-    if device.type == "cuda":
+def least_free_bytes(devices: Sequence[torch.device]) -> int | None:
+    """Memory that new tensors can take, on the device with least of it; None where the system does not say."""
+    if devices[0].type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        return min(free_bytes(devices))
     return available_memory_bytes()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -59,7 +59,7 @@ class Energy:
         """One number: `energy_per_output_token_joules`."""
         dtype = context.hardware.resolved_decoding_dtype()
         on = f"batch {self.batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
-        counter = counter_of(torch.device(context.hardware.device))
+        counter = counter_of(*map(torch.device, context.hardware.places))
         value, note = None, "no energy counter can be read here"
         if counter is not None:
             value, note = self._joules_per_token(lm, context, counter), f"{counter.name}; {lm.engine.kernels()}"
@@ -82,10 +82,11 @@ class Energy:
             tokens.cpu()  # waits for the device
 
 
-def counter_of(device: torch.device, powercap: Path = POWERCAP) -> Counter | None:
-    """The counter behind a device, or None: no such hardware, no right to read it, or no driver package."""
+def counter_of(*devices: torch.device, powercap: Path = POWERCAP) -> Counter | None:
+    """The counters behind the devices as one, or None: no such hardware, no right to read it, or no driver package."""
     try:
-        counter = NvmlCounter(device.index or 0) if device.type == "cuda" else RaplCounter(powercap)
+        gpus = [device.index or 0 for device in devices if device.type == "cuda"]
+        counter = NvmlCounters(gpus) if gpus else RaplCounter(powercap)
         counter.start()
         counter.joules()
     except (OSError, ImportError, RuntimeError):
@@ -115,20 +116,20 @@ class RaplCounter:
         return total / 1e6
 
 
-class NvmlCounter:
-    """A GPU's own count of millijoules since its driver was loaded (Volta and later)."""
+class NvmlCounters:
+    """GPUs' own counts of millijoules since their driver was loaded (Volta and later), summed."""
 
     name = "NVML"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, indices: Sequence[int]) -> None:
         import pynvml
 
         try:
             pynvml.nvmlInit()
             # torch and NVML number GPUs differently when some are hidden: the identifier is one
-            identifier = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            handle = pynvml.nvmlDeviceGetHandleByUUID(identifier)
-            self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            identifiers = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in indices]
+            handles = [pynvml.nvmlDeviceGetHandleByUUID(identifier) for identifier in identifiers]
+            self._read = lambda: sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles))
             self._read()
         except pynvml.NVMLError as error:
             raise OSError(f"NVML: {error}") from error

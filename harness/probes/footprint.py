@@ -7,7 +7,8 @@ Everything is counted from outside, on the files that were saved and the module 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from harness import artifact
+from harness.engines.placement import devices_of
 from harness.environment import peak_resident_bytes, resident_bytes
 from harness.errors import ConfigError
 from harness.records import Measurement
@@ -64,6 +66,8 @@ class Footprint:
         elsewhere = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights itself
         loaded = loaded_bytes(lm.module) if elsewhere is None else elsewhere
         yield _bytes("loaded_weight_bytes", loaded, f"ready to decode, {dtype_name}", dense)
+        if elsewhere is None:
+            yield from self._shares(lm.module, dtype_name)
         cache = lm.engine.kv_cache_bytes_per_token(dtype)
         predicted = f"{analytic_kv_bytes_per_token(lm.module, dtype)} from the model's shape"
         yield _bytes("kv_cache_bytes_per_token", cache, f"one sequence, {dtype_name}", predicted)
@@ -82,6 +86,13 @@ class Footprint:
         note = f"room for {room} tokens; {lm.engine.memory_note}"
         yield _bytes("reserved_bytes", loaded + reserved, f"weights and reserved cache, {dtype_name}", note)
 
+    def _shares(self, module: nn.Module, dtype_name: str) -> Iterable[Measurement]:
+        """What each device holds of the weights, where several do."""
+        devices = devices_of(module)
+        if len(devices) > 1:
+            for device, held in loaded_by_device(module).items():
+                yield _bytes("device_weight_bytes", held, f"{device}, {dtype_name}")
+
     def _peaks(self, lm: LanguageModel, dtype_name: str) -> Iterable[Measurement]:
         """Peak memory above idle, once for the prompt alone and once with answering."""
         generator = torch.Generator().manual_seed(0)
@@ -97,9 +108,17 @@ class Footprint:
 
             answer()  # libraries allocate their work space once
             lm.engine.forget_requests()  # a static cache and a graph are made for a request: they count
-            peak = peak_bytes(answer, lm.module.device)
-            note = "" if peak is not None else "this system does not say"
-            yield Measurement("peak_memory_bytes", peak, "bytes", on, "lower", note=note)
+            devices = devices_of(lm.module)
+            peaks = peaks_by_device(answer, devices)
+            note = "this system does not say" if peaks is None else ""
+            if len(devices) > 1:
+                note = f"sum of the peaks of {len(devices)} devices"
+            yield Measurement(
+                "peak_memory_bytes", None if peaks is None else sum(peaks), "bytes", on, "lower", note=note
+            )
+            if peaks is not None and len(devices) > 1:
+                for device, peak in zip(devices, peaks, strict=True):
+                    yield _bytes("device_peak_bytes", peak, f"{device}, {on}")
 
 
 def linear_bits(sizes: dict[str, int], linears: dict[str, list[int]]) -> float:
@@ -127,11 +146,19 @@ def _owner(name: str, linears: dict[str, list[int]]) -> bool:
 
 def loaded_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers in memory; what is shared counts once."""
+    return sum(loaded_by_device(module).values())
+
+
+def loaded_by_device(module: nn.Module) -> dict[torch.device, int]:
+    """The same for each device."""
     storages = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    held = Counter()
+    for (device, _), size in storages.items():
+        held[device] += size
+    return dict(held)
 
 
 def analytic_kv_bytes_per_token(module: nn.Module, dtype: torch.dtype) -> int:
@@ -143,16 +170,27 @@ def analytic_kv_bytes_per_token(module: nn.Module, dtype: torch.dtype) -> int:
     return 2 * sum(layer.get("key_value_heads", heads) for layer in uneven) * width * dtype.itemsize
 
 
-def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
-    """How far memory rises above what is held now while `work` runs; None where the system does not say."""
+def peak_bytes(work: Callable[[], None], *devices: torch.device) -> int | None:
+    """How far memory rises above what is held now while `work` runs; None where the system does not say.
+
+    Of several devices the sum of their peaks, which need not come at one time.
+    """
+    peaks = peaks_by_device(work, devices)
+    return None if peaks is None else sum(peaks)
+
+
+def peaks_by_device(work: Callable[[], None], devices: Sequence[torch.device]) -> list[int] | None:
+    """The same for each of several GPUs, or for one device of any kind."""
     gc.collect()  # what only a cycle still holds could go while `work` runs and hide as much of what it takes
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        idle = torch.cuda.memory_allocated()
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        idle = [torch.cuda.memory_allocated(device) for device in devices]
         work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - idle
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return [torch.cuda.max_memory_allocated(device) - held for device, held in zip(devices, idle, strict=True)]
     try:
         Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
     except OSError:
@@ -160,7 +198,7 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
     idle = resident_bytes()
     work()
     peak = peak_resident_bytes()
-    return None if idle is None or peak is None else max(peak - idle, 0)
+    return None if idle is None or peak is None else [max(peak - idle, 0)]
 
 
 def _bytes(metric: str, value: float, on: str, note: str = "") -> Measurement:

@@ -157,7 +157,7 @@ class Perplexity:
         import pandas as pd
 
         keep = self.divergence and context.reference is None
-        head = None if reference is None else reference.head(lm.module.device, lm.module.dtype)
+        head = None if reference is None else reference.head(lm.engine.head_device, lm.module.dtype)
         columns: list[dict[str, Tensor]] = []
         kept: list[Tensor] = []
         done = 0

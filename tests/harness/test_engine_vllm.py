@@ -531,3 +531,18 @@ def test_the_same_artifact_has_the_same_perplexity_in_both_engines(name, dtype, 
             assert torch.equal(theirs, torch.stack(list(ours.engine.generate(tokens[:2, :64], 8)), 1))
         pid = lm.engine.server._process.pid
     assert ends_soon(pid)
+
+
+@pytest.mark.parametrize(
+    ("engine", "hardware", "message"),
+    [
+        ({}, {"devices": 2}, r"engine\.tensor_parallel=2"),
+        ({"tensor_parallel": 2}, {"device": "cuda:1"}, "is one GPU"),
+        ({"tensor_parallel": 4}, {}, "torch sees 2 GPUs"),
+    ],
+)
+def test_gpus_that_share_layers_are_there_and_asked_for_by_one_option(engine, hardware, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        replace(FAKE, **engine).check_hardware(Hardware("h100", **({"device": "cuda"} | hardware)))
+    replace(FAKE, tensor_parallel=2).check_hardware(Hardware("h100", "cuda"))

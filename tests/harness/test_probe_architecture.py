@@ -79,7 +79,7 @@ def test_exponents_are_slopes_of_logarithms():
 def test_batches_and_contexts_that_do_not_fit_say_so_with_bytes_that_were_computed(tmp_path, monkeypatch):
     place = context(tmp_path, decoding_dtype="float32")
     monkeypatch.setattr("harness.probes.context.MARGIN_BYTES", 0)
-    monkeypatch.setattr("harness.probes.context.free_bytes", lambda device: 500 * BYTES)
+    monkeypatch.setattr("harness.probes.context.least_free_bytes", lambda devices: 500 * BYTES)
     probe = ContextCost([32, 64, 128], 4, batch_sizes=[1, 2], read_tokens=32)
     lm = language_model()
     for steps in ("plain", "captured"):

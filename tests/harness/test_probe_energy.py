@@ -28,8 +28,8 @@ def test_packages_add_up_and_a_counter_may_wrap_around(tmp_path):
 
 
 def test_without_a_readable_counter_there_is_no_number(tmp_path, monkeypatch):
-    assert counter_of(torch.device("cpu"), tmp_path) is None
-    monkeypatch.setattr(energy, "counter_of", lambda device: None)
+    assert counter_of(torch.device("cpu"), powercap=tmp_path) is None
+    monkeypatch.setattr(energy, "counter_of", lambda *devices: None)
     found = list(Energy(prompt_tokens=4, new_tokens=2).measure(language_model(), context(tmp_path)))
     assert found[0].value is None
     assert "no energy counter" in found[0].note
@@ -58,7 +58,7 @@ def test_energy_per_token_is_the_power_times_the_time_a_token_takes(tmp_path, mo
 
     lm = language_model()
     lm.engine = Engine()
-    monkeypatch.setattr(energy, "counter_of", lambda device: Constant())
+    monkeypatch.setattr(energy, "counter_of", lambda *devices: Constant())
     probe = Energy(batch=2, prompt_tokens=4, new_tokens=8, seconds=10, clock=lambda: now[0])
     found = list(probe.measure(lm, context(tmp_path)))
     assert found[0].value == pytest.approx(20 * 0.5 / 2)

@@ -55,3 +55,15 @@ def test_more_of_anything_needs_more():
         assert values == sorted(values)
     needed = [sizing.devices_to_serve(sizing.MODELS[-1], bits) for bits in (16, 8, 4)]
     assert needed == sorted(needed, reverse=True)
+
+
+def test_devices_that_divide_a_model_hold_its_weights_and_scoring_needs_no_fewer():
+    room = sizing.USABLE * sizing.DEVICE_BYTES
+    assert sizing.devices_to_hold(LLAMA_7B, 16, scoring=True) == 1
+    assert sizing.devices_to_hold(sizing.MODELS[3], 16, scoring=False) == 2  # 141 of 144 GB
+    for shape in sizing.MODELS:
+        for bits in (4.31, 8.05, 16):
+            decoding, scoring = (sizing.devices_to_hold(shape, bits, mode) for mode in (False, True))
+            assert sizing.stored_bytes(shape, bits) <= decoding * room
+            assert decoding <= scoring
+            assert bits < 16 or decoding == scoring
