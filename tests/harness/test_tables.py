@@ -17,7 +17,7 @@ from fake_records import DENSE_PERPLEXITY, EPYC, LONG, QUICK, XEON, collapsed, f
 
 from harness import columns, rows, tables
 from harness.errors import ConfigError
-from harness.records import Measurement
+from harness.records import Measurement, RunRecord
 from harness.table_csv import to_csv
 from harness.table_formats import to_html, to_latex, to_markdown
 from harness.taxonomy import TABLES, table_named
@@ -127,6 +127,19 @@ def test_every_column_holds_one_workload():
         for column, numbers in zip(filled, zip(*columns.measured(group, filled), strict=True), strict=True):
             found = [m for m in numbers if m]
             assert column.quantity.metric == "compress_seconds" or len({m.on for m in found}) == 1
+
+
+def test_plain_and_captured_steps_are_never_set_side_by_side():
+    """Records from before there was a choice decoded plainly: they stay beside those that say so."""
+
+    def decoded(day: int, **hardware: str) -> RunRecord:
+        one = record("rtn", 4, day=day)
+        return replace(one, config={**one.config, "hardware": {"name": "h100", "device": "cuda", **hardware}})
+
+    older, plain, captured = decoded(20), decoded(21, steps="plain"), decoded(22, steps="auto")
+    blocks = tables.comparable([older, plain, captured])
+    assert sorted(len(block) for block in blocks) == [1, 2]
+    assert [captured] in blocks
 
 
 def test_contexts_have_a_column_for_each_batch_at_the_longest_that_some_row_managed():
