@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from harness import progress
 from harness.environment import peak_resident_bytes
 from harness.errors import ConfigError, RunError
 from harness.redaction import redact
@@ -71,14 +72,26 @@ class StageFailure(Exception):
 
 def warm_up() -> None:
     """Let the fork server import torch and transformers while the parent goes on; returns at once."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, too, belong on terminals only
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     # Ctrl-C reaches the whole process group; the server must not answer it with a traceback in mid-import
     resource_tracker.ensure_running()  # the server needs it, and starting it would unblock the signal
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    forkserver.ensure_running()
+    with _no_bars_of_libraries():
+        forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+
+
+@contextmanager
+def _no_bars_of_libraries() -> Iterator[None]:
+    """Processes that are started meanwhile draw bars on terminals only; this one, perhaps a notebook, keeps its own."""
+    if sys.stderr.isatty() or "TQDM_DISABLE" in os.environ:
+        yield
+        return
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TQDM_DISABLE"]
 
 
 def run_stage(
@@ -99,18 +112,25 @@ def run_stage(
     context = multiprocessing.get_context("forkserver")
     warm_up()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, function, arguments, threads), name=f"harness {stage}")
+    bars = progress.NotebookBars() if progress.is_notebook() and not progress.is_hidden() else None
+    child = (theirs, function, arguments, threads, bars is not None)
+    process = context.Process(target=_child, args=child, name=f"harness {stage}")
     started = time.monotonic()
     process.start()
     theirs.close()
     try:
-        ready = connection.wait([ours, process.sentinel], timeout=seconds_limit)
-        answer = None
-        if ours in ready or (ready and ours.poll()):
-            try:
-                answer = ours.recv()
-            except EOFError:
-                answer = None
+        while True:
+            left = max(0.0, started + seconds_limit - time.monotonic())
+            ready = connection.wait([ours, process.sentinel], timeout=left)
+            answer = None
+            if ours in ready or (ready and ours.poll()):
+                try:
+                    answer = ours.recv()
+                except EOFError:
+                    answer = None
+            if not isinstance(answer, tuple):
+                break
+            bars.show(answer)
         if not ready:
             raise StageFailure(stage, "time", f"ran longer than its limit of {seconds_limit:.0f} s and was ended")
         process.join()
@@ -119,6 +139,8 @@ def run_stage(
         raise
     finally:
         ours.close()
+        if bars is not None:
+            bars.close()
     seconds = time.monotonic() - started
     if answer is None:
         raise StageFailure(stage, "signal", _how_it_ended(process.exitcode))
@@ -131,12 +153,16 @@ def run_stage(
     return StageResult(answer["value"], seconds, answer["peak_bytes"])
 
 
-def _child(answers: connection.Connection, function: Callable, arguments: dict[str, Any], threads: int) -> None:
+def _child(
+    answers: connection.Connection, function: Callable, arguments: dict[str, Any], threads: int, reports: bool
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides and ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+    if reports:
+        progress.report_to(answers.send)
     try:
         answer = {"value": function(**arguments), "peak_bytes": peak_resident_bytes()}
     except ConfigError as error:
