@@ -48,13 +48,13 @@ def test_a_static_cache_is_part_of_the_peak_and_not_of_what_was_held_before(trai
     lm.engine.prepare("decoding", torch.float32)
     held = []
 
-    def peak(work, _device):
+    def peaks(work, devices):
         for _ in range(2):
             held.append(lm.engine._captured._slot is not None)
             work()
-        return 0
+        return [0 for _ in devices]
 
-    monkeypatch.setattr("harness.probes.footprint.peak_bytes", peak)
+    monkeypatch.setattr("harness.probes.footprint.peaks_by_device", peaks)
     context = Context(None, hardware, trained_folder, tmp_path, None, tmp_path, 0, NoProgress())
     list(Footprint(prompt_tokens=16, new_tokens=4).measure(lm, context))
     assert held == [False, True] * 2

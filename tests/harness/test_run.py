@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 
 import pytest
 
@@ -169,13 +168,16 @@ def lost_record(config, where):
 def test_two_runs_are_never_timed_at_once_on_one_device(config, tmp_path, monkeypatch):
     """Nor do they wait for each other with anything else, or on two devices."""
     monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
-    spans = {"evaluate": [], "time": []}
+    meeting, met = {}, {}
 
     def stage_of(name, *_, **__):
-        begun = time.monotonic()
-        time.sleep(0.2)
         if name != "compress":
-            spans[name].append((begun, time.monotonic()))
+            barrier, patience = meeting[name]
+            try:
+                barrier.wait(patience)
+                met[name].append(True)
+            except threading.BrokenBarrierError:
+                met[name].append(False)
             return run.stages.StageResult([], 0.2, None)
         report = {"cost": {"compress_seconds": None}, "artifact": {}, "curves": [], "origin": {}}
         return run.stages.StageResult(report, 0.2, None)
@@ -183,9 +185,9 @@ def test_two_runs_are_never_timed_at_once_on_one_device(config, tmp_path, monkey
     monkeypatch.setattr(run.stages, "run_stage", stage_of)
     monkeypatch.setattr(run, "_baseline_needed", lambda *_: False)
 
-    def overlaps(devices: dict) -> dict[str, bool]:
-        for found in spans.values():
-            found.clear()
+    def check(devices: dict, meet_while_timed: bool) -> None:
+        for name, together in (("evaluate", True), ("time", meet_while_timed)):
+            meeting[name], met[name] = (threading.Barrier(2), 60 if together else 0.5), []
         threads = []
         for seed, device in devices.items():
             job = {**config, "seed": seed, "hardware": {**config["hardware"], "device": device}}
@@ -193,17 +195,14 @@ def test_two_runs_are_never_timed_at_once_on_one_device(config, tmp_path, monkey
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
-        assert [len(found) for found in spans.values()] == [len(devices)] * 2
-        return {
-            name: max(begun for begun, _ in found) < min(ended for _, ended in found) for name, found in spans.items()
-        }
+            thread.join(60)
+        assert met == {"evaluate": [True] * 2, "time": [meet_while_timed] * 2}
 
-    assert overlaps({1: "cpu", 2: "cpu"}) == {"evaluate": True, "time": False}
+    check({1: "cpu", 2: "cpu"}, meet_while_timed=False)
     monkeypatch.setattr(run.environment.Hardware, "check_device", lambda _: None)
     monkeypatch.setattr(run.launching, "visible_devices", lambda _: ["3", "5"])
-    assert overlaps({3: "cuda:0", 4: "cuda:1"}) == {"evaluate": True, "time": True}
-    assert overlaps({5: "cuda:0", 6: "cuda"}) == {"evaluate": True, "time": False}
+    check({3: "cuda:0", 4: "cuda:1"}, meet_while_timed=True)
+    check({5: "cuda:0", 6: "cuda"}, meet_while_timed=False)
 
 
 def test_a_device_has_one_name_whatever_a_process_sees_of_the_machine(monkeypatch):
