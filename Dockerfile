@@ -2,6 +2,7 @@
 # (tests/test_packaging.py), torch 2.11 with CUDA on an H100 (docs/gpu.md).
 #
 #   docker build -t llm-inference-harness .
+#   mkdir -p results && chmod o+w results       # the image's user, 1000, writes there; a folder made by docker is root's
 #   docker run --rm --gpus all -v "$PWD/results:/home/harness/results" -v harness-cache:/cache llm-inference-harness \
 #       -m method=gptq,awq bits=3,4 hardware=h100
 #
