@@ -329,7 +329,7 @@ def test_what_cannot_be_is_refused(trained, bench):
         SpeculativeDecoding(TruncatedDraft(3), 4).compress(
             LanguageModel(module, None, TransformersEngine(module)), bench
         )
-    from tiny_models import byte_tokenizer
+    from tests.harness.tiny_models import byte_tokenizer
 
     other = LanguageModel(trained.module, byte_tokenizer(), trained.engine)
     other.tokenizer.add_tokens(["another"])
