@@ -6,6 +6,10 @@ goes through the model, and linears that are handed the same tensor one after th
 
 A layer takes part when it has a method `joined(others)` that returns the layer of all outputs, in order, or None.
 Rows of a matrix do not meet in a product, so every output is the same number up to the order of a sum.
+
+Where two linears that are read together, SiLU and a third make up a whole gated layer, one with a method
+`gated(up, down)` may bring a layer for all of it, and one with `fused_blocks(blocks)` a shorter way through whole
+decoder blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import RunError
+from methods.blocks import decoder_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +76,9 @@ def join_linears(module: PreTrainedModel) -> list[list[str]]:
     groups: list[list[str]] = []
     before = _trial(module)
     for names in list(_side_by_side(module)):
+        if _gate(module, names):
+            groups.append(names)
+            continue
         first, *others = (module.get_submodule(name) for name in names)
         layer = first.joined(others)
         if layer is None:
@@ -81,13 +89,49 @@ def join_linears(module: PreTrainedModel) -> list[list[str]]:
             setattr(module.get_submodule(parent), attribute, JoinedPart(whole, index))
         groups.append(names)
     if groups:
-        after = _trial(module)
-        if float((after - before).norm()) > 0.05 * float(before.norm()):  # NaN of a ruined model passes: it stays one
+        if not _same(_trial(module), before):
             raise RunError(
                 f"joining {' + '.join(groups[0])} and others changed what the model computes; run with "
                 "hardware.steps=plain, which joins nothing"
             )
+        _fuse(module, before)
     return groups
+
+
+def _gate(module: PreTrainedModel, names: list[str]) -> bool:
+    """Put one layer in the place of a gated one that computes the same; whether there is one."""
+    place, _, _ = names[0].rpartition(".")
+    parent = module.get_submodule(place)
+    pair = [module.get_submodule(name) for name in names]
+    others = [child for child in parent.children() if all(child is not one for one in pair)]
+    linears = [child for child in others if hasattr(child, "gated")]
+    if len(pair) != 2 or len(others) != 2 or len(linears) != 1 or not hasattr(pair[0], "gated"):
+        return False
+    activation = next(child for child in others if child is not linears[0])
+    if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
+        return False
+    layer = pair[0].gated(pair[1], linears[0])
+    if layer is None:
+        return False
+    x = torch.randn(1, 1, pair[0].in_features, dtype=module.dtype, device=module.device)
+    if not _same(layer(x).float(), parent(x).float(), 0.02):  # the other of the two is the gate, say
+        return False
+    over, _, attribute = place.rpartition(".")
+    setattr(module.get_submodule(over), attribute, layer)
+    return True
+
+
+def _fuse(module: PreTrainedModel, before: Tensor) -> None:
+    """Let decoder blocks take a shorter way where their linears know one and a trial token comes out the same."""
+    maker = next((child.fused_blocks for child in module.modules() if hasattr(child, "fused_blocks")), None)
+    undo = None if maker is None else maker(list(decoder_blocks(module)[1]))
+    if undo is not None and not _same(_trial(module), before):
+        undo()
+
+
+def _same(found: Tensor, expected: Tensor, tolerance: float = 0.05) -> bool:
+    """Equal but for roundings. NaN of a ruined model passes: it stays one."""
+    return not float((found - expected).norm()) > tolerance * float(expected.norm())
 
 
 def _trial(module: PreTrainedModel) -> Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 USABLE = 0.9  # of a device's free memory, for weights; the rest is for keys and values and what is computed
 GIB = 1 << 30
+EARLY_CAPABILITY = 9  # from this on a kernel may start before the one before has ended
 HALVINGS = 50  # of the interval in which the fullest device's share lies
 
 
@@ -188,6 +189,13 @@ def is_divided(module: nn.Module) -> bool:
 def devices_of(module: nn.Module) -> list[torch.device]:
     """The devices that hold the module's tensors, the first part's first."""
     return list(dict.fromkeys(tensor.device for tensor in chain(module.parameters(), module.buffers())))
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels of this device can start before the one before has ended (Hopper and later)."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= EARLY_CAPABILITY
 
 
 def largest_share(module: nn.Module) -> float:

@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from harness.engines.placement import starts_early
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,10 +120,12 @@ def split_keys(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         *value.stride()[:3],
         0 if mask is None or len(mask) == 1 else seen.stride(0),
     )
+    early = starts_early(query.device)
+    options = {"launch_pdl": True} if early else {}
     shape = (key_heads, group, triton.next_power_of_2(max(16, group)), width, max(16, triton.next_power_of_2(width)))
     _attend_part[(rows * key_heads, count)](
         query, key, value, seen, made, logs, scale * math.log2(math.e), keys, span, rows, *strides,
-        *shape, BLOCK_KEYS, mask is not None, num_warps=WARPS, num_stages=2,
+        *shape, BLOCK_KEYS, mask is not None, early, num_warps=WARPS, num_stages=2, **options,
     )  # fmt: skip
     return made, logs
 
@@ -171,8 +176,15 @@ def _attend_part(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """The query heads of one row that share a key head, and `span` keys; scale is for powers of two."""
+    """The query heads of one row that share a key head, and `span` keys; scale is for powers of two.
+
+    EARLY: the kernel before may still run, its results are waited for; the one after may ask for its weights.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row, head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
     part = tl.program_id(1)
     d = tl.arange(0, BLOCK_WIDTH)

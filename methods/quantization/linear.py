@@ -7,6 +7,7 @@ platform's kernel where there is one (speed). In memory and on disk the integer 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +27,8 @@ INT4_GROUPS = (256, 128, 64, 32)  # group sizes that torch's kernel accepts
 INT4_ROWS = 128  # from this many rows of input on, one dense product costs less than the packed kernel
 INT4_BLOCK = 64  # output channels that torch's operand interleaves where the CPU has AVX-512
 INT8_ROWS = 32
+INT4_TRITON = "int4 packed (Triton)"
+MATRIX_UNITS = "int4 packed (Triton, matrix units)"
 SLOTS = (2, 4, 8)  # bits that a code takes in the operand of our GPU kernels
 
 Mode = Literal["stored", "scoring", "decoding"]
@@ -76,6 +79,11 @@ class PackedLinear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias, through the operand of `decode_operand`; it quantizes inputs itself."""
         raise NotImplementedError
+
+    @property
+    def is_on_gpu_kernel(self) -> bool:
+        """Whether the operand is one of our GPU kernels'."""
+        return self.operand_zero is not None or (self.operand is not None and self.kernel.startswith(MATRIX_UNITS))
 
     def drop_operand(self) -> None:
         """Forget what `decode_operand` built."""
@@ -305,8 +313,12 @@ class QuantizedLinear(PackedLinear):
         kernel = decoding_kernel(self.grid, self.in_features, self.out_features, self.weight_packed.device, dtype)
         if kernel == DEQUANTISED or self.inputs is not None:
             return False
+        if kernel.startswith(MATRIX_UNITS) and self.scale_dtype.itemsize > 2:  # its words have no room for such scales
+            kernel = kernel.replace(MATRIX_UNITS, INT4_TRITON)
         self.kernel = kernel
-        if self.weight_packed.device.type == "cuda":
+        if kernel.startswith(MATRIX_UNITS):
+            self._matrix_operand()
+        elif self.weight_packed.device.type == "cuda":
             self._triton_operand()
         elif kernel == INT8:
             self.operand = (self.codes().to(torch.int16) - 128).to(torch.int8)
@@ -317,6 +329,10 @@ class QuantizedLinear(PackedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out] without bias, through the packed kernel."""
+        if self.kernel.startswith(MATRIX_UNITS):
+            from methods.quantization.fragment_product import multiplied
+
+            return multiplied(x, self.operand, self.operand_scale)
         if self.operand_zero is not None:
             from methods.quantization.packed_product import packed_product
 
@@ -324,16 +340,32 @@ class QuantizedLinear(PackedLinear):
             return packed_product(x, self.operand, self.operand_scale, self.operand_zero, self.operand_lift, bits)
         return self._int8(x) if self.kernel == INT8 else self._int4(x)
 
+    def gated(self, up: nn.Module, down: nn.Module) -> nn.Module | None:
+        """One layer that computes down(silu(self(x)) up(x)) on a GPU; None where there is none.
+
+        For layers that are prepared for decoding, and stay as they are.
+        """
+        from methods.quantization.gated import gated_linears
+
+        return gated_linears(self, up, down)
+
+    @staticmethod
+    def fused_blocks(blocks: Sequence[nn.Module]) -> Callable[[], None] | None:
+        """Let whole decoder blocks of such layers run in few kernels, and how to undo it; None where they cannot."""
+        from methods.quantization.fused_blocks import fuse
+
+        return fuse(blocks)
+
     def joined(self, others: list[nn.Module]) -> QuantizedLinear | None:
         """One layer with the outputs of this one and the others, made of their GPU operands; None where they differ.
 
         For layers that are prepared for decoding, and stay as they are.
         """
         layers = [self, *others]
-        if any(type(layer) is not QuantizedLinear or layer.operand_zero is None for layer in layers):
+        if any(type(layer) is not QuantizedLinear or not layer.is_on_gpu_kernel for layer in layers):
             return None
         alike = {
-            (layer.in_features, layer.operand.shape[1], layer.operand_scale.shape[1], layer.operand_scale.dtype)
+            (layer.in_features, layer.operand.shape[1:], layer.operand_scale.shape[1:], layer.operand_scale.dtype)
             for layer in layers
         }
         if len(alike) > 1 or len({layer.bias is None for layer in layers}) > 1:
@@ -342,9 +374,10 @@ class QuantizedLinear(PackedLinear):
             made = QuantizedLinear(**self.spec() | {"out_features": sum(layer.out_features for layer in layers)})
         for name in made.stored_names:
             setattr(made, name, None)
-        made.weight_shape = torch.tensor([made.out_features, made.in_features])
-        for name in ("operand", "operand_scale", "operand_zero", *(() if self.bias is None else ("bias",))):
-            setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
+        made.weight_shape = torch.tensor([made.out_features, made.in_features], device=self.operand.device)
+        for name in ("operand", "operand_scale", "operand_zero", "bias"):
+            if getattr(self, name) is not None:
+                setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
         made.operand_lift, made.kernel, made.mode = self.operand_lift, self.kernel, self.mode
         return made.train(self.training)
 
@@ -362,9 +395,18 @@ class QuantizedLinear(PackedLinear):
         run, bits = run_columns(self.grid.width(self.in_features)), slot_bits(self.grid.bits)
         self.operand = interleave(self.codes(), bits, run)
         self.operand_lift = lifts(bits, run, self.operand.device)
+        self.operand_scale, zero = self._of_every_group()
+        self.operand_zero = zero.to(torch.uint8)
+
+    def _matrix_operand(self) -> None:
+        from methods.quantization.fragment_product import fragments, scale_words
+
+        self.operand, self.operand_scale = fragments(self.codes()), scale_words(*self._of_every_group())
+
+    def _of_every_group(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, [out, G] each."""
         scales, shape = self.scales(), (self.out_features, self.grid.groups(self.in_features))
-        self.operand_scale = scales.scale.expand(shape).contiguous()
-        self.operand_zero = scales.zero.expand(shape).to(torch.uint8).contiguous()
+        return scales.scale.expand(shape).contiguous(), scales.zero.expand(shape).contiguous()
 
     def _int4_operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """torch's operand, and scale and offset [K / g, N, 2] with w = (slot - 8) * scale + offset."""
@@ -397,7 +439,7 @@ def decoding_kernel(grid: IntegerGrid, columns: int, rows: int, device: torch.de
     torch's CPU kernels are fast in bfloat16 only: in float32 they fall back to a loop that is slower than dense.
     """
     if device.type == "cuda":
-        return _triton_kernel(grid, columns, dtype)
+        return _triton_kernel(grid, columns, rows, device, dtype)
     if device.type != "cpu" or dtype != torch.bfloat16:
         return DEQUANTISED
     if grid.bits == 8 and grid.symmetric and grid.group_size is None:
@@ -413,7 +455,7 @@ def slot_bits(bits: int) -> int:
     return next(slot for slot in SLOTS if bits <= slot)
 
 
-def _triton_kernel(grid: IntegerGrid, columns: int, dtype: torch.dtype) -> str:
+def _triton_kernel(grid: IntegerGrid, columns: int, rows: int, device: torch.device, dtype: torch.dtype) -> str:
     width = grid.width(columns)
     if dtype not in (torch.bfloat16, torch.float16) or columns % width or find_spec("triton") is None:
         return DEQUANTISED
@@ -421,8 +463,10 @@ def _triton_kernel(grid: IntegerGrid, columns: int, dtype: torch.dtype) -> str:
 
     if run_columns(width) is None:
         return DEQUANTISED
+    from methods.quantization.fragment_product import takes
+
     slot = slot_bits(grid.bits)
-    name = f"int{slot} packed (Triton)"
+    name = MATRIX_UNITS if takes(rows, columns, width, slot, device) else f"int{slot} packed (Triton)"
     return name if slot == grid.bits else f"{name}, {grid.bits}-bit codes in {slot}-bit slots"
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from harness.engines.placement import starts_early
+
 RUNS = (128, 64, 32)  # columns of a run, the longest that divides a group is taken
 PLANES = 4
 FEW_ROWS = 8
@@ -30,7 +32,6 @@ FEW_OUTPUTS = 4  # outputs that a program of `_few_rows` has in hand at a time, 
 FEW_RUNS = 32
 FEW_PROGRAMS = 8  # of a multiprocessor, where one row of input meets more outputs than so many take at once
 LIFT = 100  # inputs of `_few_rows` are scaled up by two to this power, less the place of their code in its word
-EARLY_CAPABILITY = 9  # from this on a kernel may start before the one before has ended
 PARTS = 8  # programs that share the columns of a tile: without, too few run at once to hide what memory takes
 
 
@@ -406,13 +407,6 @@ def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: int, lifted: 
 def few_runs(runs: int) -> int:
     """Runs that a program of `_few_rows` takes, so that its one warp reads whole lines and waits for no other."""
     return min(FEW_RUNS, triton.next_power_of_2(runs))
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether kernels of this device can start before the one before has ended (Hopper and later)."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= EARLY_CAPABILITY
 
 
 def processors(device: torch.device) -> int:

@@ -62,6 +62,8 @@ def main() -> None:
             dense = [linear(outputs, columns, device) for _ in range(copies)]
             found += measured("dense", dense, arguments.rows, bandwidth)
             for name, made in forms(columns).items():
+                if arguments.forms is not None and name not in arguments.forms:
+                    continue
                 times = 4 if "4" in name.split(":")[0] else 2  # as many bytes as the dense ones hold, or more
                 layers = [made(one) for one in dense for _ in range(times if device.type == "cuda" else 1)]
                 found += packed(name, layers, arguments.rows, bandwidth)
@@ -135,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="*", type=shape, default=[(4096, 4096), (11008, 4096), (4096, 11008)])
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096])
+    parser.add_argument("--forms", nargs="*", choices=list(forms(128)), help="besides dense; all without it")
     parser.add_argument("--json", type=Path, help="all numbers, into this file")
     return parser.parse_args()
 
