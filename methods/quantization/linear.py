@@ -342,7 +342,7 @@ class QuantizedLinear(PackedLinear):
             made = QuantizedLinear(**self.spec() | {"out_features": sum(layer.out_features for layer in layers)})
         for name in made.stored_names:
             setattr(made, name, None)
-        made.weight_shape = torch.tensor([made.out_features, made.in_features])
+        made.weight_shape = torch.tensor([made.out_features, made.in_features], device=self.operand.device)
         for name in ("operand", "operand_scale", "operand_zero", *(() if self.bias is None else ("bias",))):
             setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
         made.operand_lift, made.kernel, made.mode = self.operand_lift, self.kernel, self.mode

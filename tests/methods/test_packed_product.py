@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from harness.engines import placement
 from harness.engines.joined import JoinedLayer
 from harness.models import RandomModel
 from methods.blocks import plain_linears, replace_module
@@ -85,6 +86,13 @@ def test_joined_layers_are_their_products_side_by_side(bias):
     assert torch.equal(whole(x), torch.cat([layer(x) for layer in layers], -1))
     assert (whole.out_features, whole.kernel) == (17, layers[0].kernel)
     assert {name for name, buffer in whole.named_buffers()} == {name for name, buffer in layers[0].named_buffers()}
+
+
+def test_all_of_a_joined_layer_lies_where_its_parts_do():
+    """Meta stands for a GPU: what is made on the host would lie beside it."""
+    layers = [packed(torch.nn.Linear(128, outputs)).to("meta") for outputs in (5, 3)]
+    whole = layers[0].joined(layers[1:])
+    assert placement.devices_of(whole) == [torch.device("meta")]
 
 
 def test_layers_that_differ_are_not_joined():
