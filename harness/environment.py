@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,8 @@ USUAL = {
     "sharded": False,
     "devices": 1,
 }  # options that came later: at these values nothing is new
+FOREIGN_LOAD = 0.1  # share of this process's cores that others may take before what was measured says so
+DISTURBED = "other processes used"  # how the note begins
 STEPS = ("plain", "captured", "compiled", "auto")  # how tokens are decoded, see TransformersEngine
 
 
@@ -257,6 +261,43 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except OSError:
         return None
+
+
+class ForeignLoad:
+    """CPU time that other processes take of this machine from now on; says nothing where the system does not.
+
+    threads: cores that this process may use, of which the share is taken.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.started, self.before = time.monotonic(), foreign_cpu_seconds()
+
+    def note(self) -> str:
+        """A warning for what was measured meanwhile, or nothing."""
+        now = foreign_cpu_seconds()
+        if now is None or self.before is None:
+            return ""
+        share = (now - self.before) / max(time.monotonic() - self.started, 1e-9) / self.threads
+        return f"{DISTURBED} {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
+
+
+def foreign_cpu_seconds() -> float | None:
+    """CPU seconds since boot of all but this process and what it started; None where the system does not say."""
+    import psutil
+
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, irq, soft_irq = (int(value) for value in fields[:7])
+    busy = (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):  # an engine's server, workers of a compiler, other programs
+        with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            times = process.cpu_times()
+            busy -= times.user + times.system + times.children_user + times.children_system
+    return busy
 
 
 def available_memory_bytes() -> int | None:

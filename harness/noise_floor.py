@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import markup
-from harness.environment import fingerprint_of
+from harness.environment import DISTURBED, fingerprint_of
 from harness.errors import ConfigError, RunError
 from harness.records import RunRecord, write_json_atomically
 from harness.statistics import difference_quantile
@@ -119,7 +119,6 @@ def spreads_of(records: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
 
 def measure(config: dict[str, Any], cache: Path, scratch: Path, runs: int, say: Callable[[str], None]) -> NoiseFloor:
     """Run one configuration `runs` times in the folder `scratch`. Raises RunError when a run fails."""
-    from harness.probes.speed import DISTURBED
     from harness.run import Paths, describe, run
 
     paths = Paths(scratch, cache)

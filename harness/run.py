@@ -57,6 +57,7 @@ DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
+OTHERS_STATISTICS = "another run had gathered the statistics, and its peak is theirs"
 UNTIMED = "not timed yet; the same command without timing=later times it and writes the record"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
 
@@ -566,11 +567,14 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     )
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    watch = environment.ForeignLoad(parts.hardware.thread_count)
     started, started_cpu = time.perf_counter(), time.process_time()
     compressed = parts.method.compress(base, bench)
     if on_gpu:
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    together = environment.training_processes() > 1  # they are no foreign load, and not this process's children
+    foreign_load = "" if together else watch.note()
     provenance = parts.corpus.provenance(base.tokenizer)
     if beside:
         return {}
@@ -586,6 +590,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         # what it would have cost alone: neither statistics of a sweep nor a kill must make a row look cheaper
         "compress_seconds": None if is_dense(config) else seconds + learned.spared_seconds + learned.earlier_seconds,
         "compress_cpu_seconds": None if is_dense(config) else cpu_seconds,
+        "foreign_load": foreign_load or None,
         "peak_device_bytes": peak_device,
         "peak_host_bytes": peak_host,
         "calibration_tokens": parts.corpus.samples * parts.corpus.window if calibrates is True else 0,
@@ -676,6 +681,11 @@ def quiet_libraries() -> None:
 
 
 def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
+    """What compressing took, as numbers of the record; none for a dense model.
+
+    Seconds that others disturbed say so. The peak of a run that took over statistics would make it look cheaper than
+    the one that gathered them, so it has none.
+    """
     if cost["compress_seconds"] is None:
         return []
     on = f"{cost['calibration_tokens']} calibration tokens" if cost["calibration_tokens"] else "no calibration"
@@ -690,8 +700,11 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
     where = "peak_device_bytes" if cost.get("peak_device_bytes") is not None else "peak_host_bytes"
     if cost.get(where) is not None:
         memory = "device memory" if where == "peak_device_bytes" else "the process, libraries included"
-        found.append(Measurement("peak_compress_bytes", cost[where], "bytes", memory, "lower"))
-    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower"), *found]
+        spared = bool(cost.get("spared_seconds"))
+        peak, note = (None, OTHERS_STATISTICS) if spared else (cost[where], "")
+        found.append(Measurement("peak_compress_bytes", peak, "bytes", memory, "lower", note=note))
+    disturbed = cost.get("foreign_load") or ""
+    return [Measurement("compress_seconds", cost["compress_seconds"], "s", on, "lower", note=disturbed), *found]
 
 
 def _environment(hardware: environment.Hardware, engine: EngineChoice) -> dict[str, Any]:

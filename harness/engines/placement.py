@@ -187,8 +187,12 @@ def is_divided(module: nn.Module) -> bool:
 
 
 def devices_of(module: nn.Module) -> list[torch.device]:
-    """The devices that hold the module's tensors, the first part's first."""
-    return list(dict.fromkeys(tensor.device for tensor in chain(module.parameters(), module.buffers())))
+    """The devices that hold the module's tensors, the first part's first; where GPUs do, these alone.
+
+    What waits on the CPU or on disk (the meta device) is brought to a GPU to be used, and no GPU's peak is read there.
+    """
+    held = list(dict.fromkeys(tensor.device for tensor in chain(module.parameters(), module.buffers())))
+    return [device for device in held if device.type == "cuda"] or held
 
 
 def starts_early(device: torch.device) -> bool:

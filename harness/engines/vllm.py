@@ -268,10 +268,6 @@ class VLLMEngine:
             return f"vLLM itself counts {own}"
         return f"its process grew by {grown} while it started"
 
-    def cpu_seconds(self) -> float:
-        """Processor time of the server, which is no foreign load."""
-        return self.server.cpu_seconds()
-
     def _answers(self, prompt: Tensor, new_tokens: int, mask: Tensor | None) -> Iterator:
         self._check_length(prompt.shape[1] + new_tokens)
         lengths = torch.full((len(prompt),), prompt.shape[1]) if mask is None else mask.sum(1)

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
+from harness.environment import ForeignLoad
 from harness.errors import ConfigError
-from harness.probes.speed import PERCENTILES, ForeignLoad
+from harness.probes.speed import PERCENTILES
 from harness.records import Measurement
 from harness.statistics import median_interval
 
@@ -106,7 +107,7 @@ class Load:
         raw = []
         for rate in context.progress.track(self.rates, "load", len(self.rates)):
             arrivals = poisson_arrivals(rate, self.requests, np.random.default_rng(context.seed))
-            watch = ForeignLoad(context.hardware.thread_count, lm.engine.cpu_seconds)
+            watch = ForeignLoad(context.hardware.thread_count)
             stamps, preempted = lm.engine.requests(prompts, self.new_tokens, arrivals)
             raw.append((rate, arrivals, stamps))
             offered = "all at once" if rate is None else f"Poisson {rate:g}/s"

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from harness.ceilings import ceilings
+from harness.environment import ForeignLoad
 from harness.errors import ConfigError, RunError
 from harness.probes.footprint import loaded_bytes
 from harness.records import Measurement
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from harness.evaluation import Context, Stage
     from harness.method import LanguageModel
 
-FOREIGN_LOAD = 0.1  # share of this process's cores that others may take before the row says so
-DISTURBED = "other processes used"  # how the note begins
 PERCENTILES = (50, 90, 99)
 
 
@@ -101,7 +100,7 @@ class Speed:
         for _ in range(self.warm_up):
             self._request(lm, prompt)
         stamps: list[np.ndarray] = []
-        watch = ForeignLoad(context.hardware.thread_count, getattr(lm.engine, "cpu_seconds", lambda: 0.0))
+        watch = ForeignLoad(context.hardware.thread_count)
         for _ in context.progress.track(range(self.max_repeats), f"speed, batch {batch}", self.max_repeats):
             stamps.append(self._request(lm, prompt))
             if self._precise(np.stack(stamps)) or sum(s[-1] for s in stamps) > self.seconds_limit:
@@ -168,43 +167,6 @@ def bytes_read_per_step(module: nn.Module, loaded: int | None = None) -> int:
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
     untied = 0 if embedding is head else embedding.numel() * embedding.element_size()
     return (loaded_bytes(module) if loaded is None else loaded) - untied
-
-
-class ForeignLoad:
-    """CPU time that other processes took of this machine since it was made; says nothing where the system does not.
-
-    engine: CPU seconds of the engine's own process, where it has one; that is no foreign load.
-    """
-
-    def __init__(self, threads: int, engine: Callable[[], float] = lambda: 0.0) -> None:
-        self.threads, self.engine = threads, engine
-        self.started, self.others = time.monotonic(), self._others()
-
-    def note(self) -> str:
-        """A warning for the row, or nothing."""
-        now = self._others()
-        if now is None or self.others is None:
-            return ""
-        share = (now - self.others) / max(time.monotonic() - self.started, 1e-9) / self.threads
-        return f"{DISTURBED} {share:.0%} of the cores meanwhile" if share > FOREIGN_LOAD else ""
-
-    def _others(self) -> float | None:
-        others = _others_cpu_seconds()
-        return None if others is None else others - self.engine()
-
-
-def _others_cpu_seconds() -> float | None:
-    """CPU seconds of everybody but this process, since boot."""
-    import os
-
-    try:
-        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _idle, _wait, irq, soft_irq = (int(value) for value in fields[:7])
-    busy = (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return busy - own.user - own.system
 
 
 def _per_output_token(stamps: np.ndarray) -> np.ndarray:

@@ -78,9 +78,6 @@ class OneServer:
     def kernels(self):
         return "by hand, float32"
 
-    def cpu_seconds(self):
-        return 0.0
-
 
 @pytest.fixture
 def measured(tmp_path):

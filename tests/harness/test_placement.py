@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import artifact
@@ -105,6 +106,18 @@ def test_scoring_needs_room_for_dense_copies_of_packed_weights(trained, bench, t
     stored = placement.ready_bytes("model.layers.0", block, "decoding", torch.float32)
     assert stored == loaded_bytes(block)
     assert placement.ready_bytes("model.layers.0", block, "scoring", torch.float32) == stored + 4 * weights
+
+
+@pytest.mark.parametrize("kept", ["cpu", "meta"])
+def test_where_gpus_hold_tensors_only_these_are_the_devices(kept):
+    """A number kept on the host, or a part that waits on disk, is no device whose peak can be read."""
+    with FakeTensorMode():
+        first, second = (torch.nn.LayerNorm(3, device=f"cuda:{index}") for index in (1, 0))
+        first.register_buffer("shape", torch.empty(1, device="cpu"))
+        waiting = torch.nn.LayerNorm(3, device=kept)
+    gpus = [torch.device("cuda:1"), torch.device("cuda:0")]
+    assert placement.devices_of(torch.nn.Sequential(waiting, first, second)) == gpus
+    assert placement.devices_of(waiting) == [torch.device(kept)]
 
 
 # ---- the same numbers

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+import types
 
 import pytest
 
-from harness import claims, run
+from harness import claims, environment, run
 from harness.records import read_records
 from harness.run import Paths
 from tests.test_conf import resolved
@@ -90,6 +91,27 @@ def test_the_dense_twin_differs_in_method_and_card_alone(config):
     twin = run.dense_twin(config)
     assert run.is_dense(twin)
     assert {key for key in config if config[key] != twin[key]} == {"method", "card"}
+
+
+def test_seconds_of_compressing_say_that_others_used_the_cores_meanwhile(config, tmp_path, monkeypatch):
+    """A quarter of the one core is noted; what the stage and its children use is not foreign, and the note stays."""
+    used, now = iter([50.0, 50.25, 90.0, 90.05]), iter([7.0, 8.0, 7.0, 8.0])
+    monkeypatch.setattr(environment, "foreign_cpu_seconds", lambda: next(used))
+    monkeypatch.setattr(environment, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    notes = []
+    for name in ("beside", "alone"):
+        cost = run.compress(config, str(tmp_path / "cache"), str(tmp_path / name), "")["cost"]
+        notes.append({m.metric: m.note for m in run._cost_measurements(cost)}["compress_seconds"])
+    assert notes == ["other processes used 25% of the cores meanwhile", ""]
+
+
+def test_a_peak_without_the_statistics_is_no_peak():
+    cost = {"compress_seconds": 3.0, "calibration_tokens": 0, "peak_host_bytes": 7, "spared_seconds": 0.0}
+    peaks = []
+    for spared in (0.0, 2.0):
+        found = {m.metric: m for m in run._cost_measurements(cost | {"spared_seconds": spared})}
+        peaks.append((found["peak_compress_bytes"].value, found["compress_seconds"].value))
+    assert peaks == [(7, 3.0), (None, 3.0)]
 
 
 def test_a_model_is_made_anew_only_when_no_other_run_reads_it(tmp_path, monkeypatch):

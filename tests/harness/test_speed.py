@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from harness import artifact
+from harness import artifact, environment
 from harness.ceilings import ceilings
 from harness.environment import Hardware
 from harness.errors import ConfigError
@@ -169,6 +173,24 @@ def test_ceilings_are_measured_once(tmp_path):
     assert ceilings(HARDWARE, "float32", tmp_path) == first
     assert first.read_bytes_per_second > 1e8
     assert first.matmul_flops_per_second > 1e9
+
+
+def test_what_this_process_starts_is_no_foreign_load():
+    """A child that computes for 0.3 s is left out while it lives and when it has ended."""
+    work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+
+    def left_out() -> float:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        busy = sum(int(fields[k]) for k in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return busy - own.user - own.system - environment.foreign_cpu_seconds()
+
+    before = left_out()
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        alive = left_out() - before
+        child.communicate(b"\n")
+    assert min(alive, left_out() - before) > 0.25
 
 
 @pytest.mark.parametrize(

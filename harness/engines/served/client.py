@@ -89,14 +89,6 @@ class Server:
                 while "done" not in self.hear()[0]:
                     pass
 
-    def cpu_seconds(self) -> float:
-        """Processor time that the server has used so far; 0 where the system does not say."""
-        try:
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def close(self) -> None:
         """End the server and all that it started."""
         if self._closed:
