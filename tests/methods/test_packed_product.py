@@ -164,7 +164,7 @@ def test_captured_steps_of_packed_layers_generate_what_the_same_steps_do_uncaptu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU captures steps")
 def test_joined_layers_generate_what_separate_ones_do():
     prompt = torch.randint(320, (2, 9), generator=GENERATOR)
-    separate, joined = (rounded_model(IntegerGrid(4, False, 64)) for _ in range(2))
+    separate, joined = (rounded_model(IntegerGrid(8, False, 64)) for _ in range(2))
     separate.engine.prepare("decoding", torch.bfloat16)
     engine = joined.engine.on_hardware(None, "captured")
     engine.prepare("decoding", torch.bfloat16)
