@@ -133,10 +133,10 @@ class KernelDivergence:
     perplexity of either. Zero where no kernel exists. The model ends prepared for decoding, so this probe ends its
     stage.
 
-    tokens: scored, at least 2.
+    tokens: scored, at least 2; few enough for the kernel, since packed layers decode whole matrices for many.
     """
 
-    tokens: int = 64
+    tokens: int = 48
 
     stage: ClassVar[Stage] = "evaluate"
     compares: ClassVar[bool] = False
