@@ -94,7 +94,7 @@ def fuse(blocks: Sequence[nn.Module]) -> Callable[[], None] | None:
         originals.append((block, vars(block).get("forward"), whole, whole.layer, block.self_attn.o_proj))
         whole.layer = NormedLinear(whole.layer, _epsilon(block.input_layernorm))
         block.self_attn.o_proj = AddingLinear(block.self_attn.o_proj, block.post_attention_layernorm.weight.detach())
-        block.forward = partial(_forward, block, block.forward, carried, after)
+        block.forward = partial(_forward, block, block.forward, carried, block is blocks[0], after)
 
     def undo() -> None:
         for block, own, whole, layer, out in originals:
@@ -110,17 +110,22 @@ def _forward(
     block: nn.Module,
     plain: Callable[..., Tensor],
     carried: Carried,
+    first: bool,
     after: nn.Module | None,
     hidden_states: Tensor,
     **options: Any,
 ) -> Tensor:
-    """A block's forward pass: [B, T, H] -> [B, T, H]."""
+    """A block's forward pass: [B, T, H] -> [B, T, H].
+
+    What a pass that failed on the way has left behind, in another layer or block, is never read.
+    """
+    normed, out, gated = block.self_attn.q_proj.whole.layer, block.self_attn.o_proj, block.mlp
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    made, carried.made = None if first else carried.made, None
+    normed.squares = out.added = out.made = None
     if len(rows) >= DENSE_ROWS:
         return plain(hidden_states, **options)
-    made, carried.made = carried.made, None
     scaled, squares = made or before_norm(rows, block.input_layernorm.weight)
-    normed, out, gated = block.self_attn.q_proj.whole.layer, block.self_attn.o_proj, block.mlp
     normed.squares, out.added = squares, rows
     hidden, *_ = block.self_attn(hidden_states=scaled.view_as(hidden_states), **options)
     scaled, squares = out.made

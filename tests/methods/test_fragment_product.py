@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from harness.engines.joined import JoinedPart, join_linears
 from methods.quantization import fragment_product as fragments
-from methods.quantization import linear
+from methods.quantization import fused_blocks, linear
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
 from methods.quantization.round_to_nearest import rounded_linear
@@ -157,6 +157,33 @@ def test_fused_blocks_compute_what_the_model_does(monkeypatch, device, bias):
     torch.compiler.reset()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits_in_parts(module, compiled, ids), fused, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("length", [5, 70])
+def test_a_pass_that_failed_leaves_nothing_that_the_next_one_reads(monkeypatch, length):
+    on_matrix_units(monkeypatch)
+    module = tiny(False)
+    join_linears(module)
+    ids = torch.randint(64, (1, length), generator=GENERATOR)
+    expected = module(ids).logits
+    for name, calls in itertools.product(("fragment_product", "fragment_product_before_norm"), range(5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_blocks, name, failing_after(calls, getattr(fused_blocks, name)))
+            with pytest.raises(MemoryError):
+                module(torch.randint(64, (1, 3), generator=GENERATOR))
+        assert torch.equal(module(ids).logits, expected)
+
+
+def failing_after(calls, product):
+    """The product, which runs out of memory after so many calls."""
+    left = itertools.count(calls, -1)
+
+    def wrapped(*arguments):
+        if next(left) == 0:
+            raise MemoryError
+        return product(*arguments)
+
+    return wrapped
 
 
 def test_blocks_of_another_build_stay_as_they_are(monkeypatch):
