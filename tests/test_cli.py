@@ -179,7 +179,7 @@ def test_a_second_sweep_only_prints(swept, settings):
 
 def test_two_sweeps_at_once_measure_everything_once(swept, settings, tmp_path):
     sweeps = [start(["-m", "method=rtn", "bits=4", *settings], tmp_path) for _ in range(2)]
-    said = "".join(sweep.communicate(timeout=240)[0] for sweep in sweeps)
+    said = "".join(sweep.communicate(timeout=600)[0] for sweep in sweeps)
     assert [sweep.returncode for sweep in sweeps] == [0, 0]
     assert len(re.findall(r"compress: [0-9]+ s", said)) == len(re.findall(r"evaluate: [0-9]+ s", said)) == 2
     assert "is at it; waiting" in said
@@ -213,7 +213,7 @@ def test_a_sweep_killed_at_two_moments_leaves_what_an_undisturbed_one_does(swept
     rng = random.Random()
     killed_at(arguments, tmp_path, rng.uniform(0, 2), after_first_word=True, whole=False)
     killed_at(arguments, tmp_path, rng.uniform(0, 4), after_first_word=True, whole=True)
-    assert killed_at(arguments, tmp_path, 240, after_first_word=False, whole=True) is not None
+    assert killed_at(arguments, tmp_path, 600, after_first_word=False, whole=True) is not None
     assert_equal_quality(tmp_path, swept[0])
     assert drafts(tmp_path) == []
 

@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -421,7 +422,7 @@ def test_where_it_is_not_installed_one_line_says_how_to_get_it():
 
 
 def test_versions_are_those_of_the_other_python():
-    assert replace(FAKE, interpreter=sys.executable).versions()["torch"] == torch.__version__
+    assert replace(FAKE, interpreter=sys.executable).versions()["torch"] == metadata.version("torch")
 
 
 def small(engine: str, method: str) -> dict:
@@ -448,7 +449,7 @@ def test_a_whole_run_and_its_table_name_the_engine(tmp_path):
         (record.config.get("engine") or {}).get("name"): record for record in records if record.card["name"] == "dense"
     }
     assert set(dense) == {"vllm", None}
-    assert dense["vllm"].environment["engine_versions"]["torch"] == torch.__version__
+    assert dense["vllm"].environment["engine_versions"]["torch"] == metadata.version("torch")
     assert dense["vllm"].environment["scoring_dtype"] == "float32"
     assert dense["vllm"].value("perplexity") == pytest.approx(dense[None].value("perplexity"), rel=1e-5)
     (one, other) = sorted(comparable(records), key=lambda block: "engine" in block[0].config)

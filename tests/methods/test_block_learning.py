@@ -146,9 +146,9 @@ def test_learned_scales_leave_the_block_as_it_was_before_rounding(name):
 
 @pytest.mark.parametrize("inputs", [None, INPUTS])
 def test_learning_beats_plain_rounding(inputs, tmp_path):
-    method = OmniQuant(GRID, inputs, epochs=8)
+    method = OmniQuant(GRID, inputs, epochs=24)  # after 8 the order of sums decides
     plain = compressed(RoundToNearest(GRID, inputs), tmp_path)
-    assert error(compressed(method, tmp_path / "o")) < (0.98 if inputs is None else 0.9) * error(plain)
+    assert error(compressed(method, tmp_path / "o")) < 0.9 * error(plain)
 
 
 def test_weights_alone_move_no_scales(tmp_path):
