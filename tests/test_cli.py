@@ -245,7 +245,8 @@ def test_ctrl_c_ends_with_a_word_and_no_partial_record(settings, tmp_path):
         text=True,
         start_new_session=True,
     )
-    time.sleep(6)
+    assert sweep.stdout.readline()
+    time.sleep(2)
     os.killpg(sweep.pid, signal.SIGINT)
     _, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 130

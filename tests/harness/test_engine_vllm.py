@@ -52,7 +52,7 @@ FAKE = VLLM(
     kv_cache_bytes=1 << 20,
     maximum_length=128,
     batched_tokens=256,
-    seconds_limit=60,
+    seconds_limit=240,
     dtype="float32",
     script=str(SCRIPT),
 )
