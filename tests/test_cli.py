@@ -223,14 +223,16 @@ def test_a_killed_stage_ends_with_its_parent(settings, tmp_path):
     sweep = subprocess.Popen(
         command("method=rtn", *settings, f"paths.results={tmp_path}"),
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    time.sleep(6)
+    assert sweep.stdout.readline()
+    time.sleep(2)
+    assert len(_processes_of_session(sweep.pid)) > 1
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # a process may still be importing
     while _processes_of_session(sweep.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert _processes_of_session(sweep.pid) == []
