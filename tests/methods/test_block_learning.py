@@ -201,6 +201,14 @@ def test_what_is_left_is_the_tail_of_the_singular_values(shape, rank):
     torch.testing.assert_close(left.square().sum(0), right.square().sum(1))  # √Σ on either side
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_error_of_lower_rank_is_made_up_for_whole(seed):
+    generator = torch.Generator().manual_seed(seed)
+    error = 1e-3 * torch.randn(12, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+    left, right = factors_of(error, 12)
+    torch.testing.assert_close(left @ right, error, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("inner", [RoundToNearest(GRID), GPTQ(GRID), GPTQ(CodebookGrid("float", 4, 16))])
 def test_compensation_lowers_the_error_of_every_weight_the_more_the_higher_its_rank(inner, tmp_path):
     original = {name: linear.weight for name, linear in block_linears(tiny_model("llama")).items()}
