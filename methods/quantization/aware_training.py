@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
-from methods.blocks import decoder_blocks, linears_in, plain_linears, replace_module
+from methods.blocks import decoder_blocks, in_float32, linears_in, plain_linears, replace_module
 from methods.quantization.activations import InputGrid, straight_through
 from methods.quantization.fake_quantization import rounded_straight_through
 from methods.quantization.grids import Grid, IntegerGrid
@@ -114,7 +114,8 @@ class HessianMixed:
                 f"method.data_chunks={self.data_chunks}: there are {len(windows)} calibration windows; raise "
                 "calibration.samples"
             )
-        steepness = self._steepness(base.module, bench, windows)
+        with in_float32(base.module):
+            steepness = self._steepness(base.module, bench, windows)
         for index, value in enumerate(steepness):
             bench.log.point("hessian steepness by block", index, value)
         return allocate(steepness, self.grid.bits, spread)
@@ -231,6 +232,7 @@ class _Aware(nn.Module):
     def __init__(self, linear: nn.Linear, grid: Grid, inputs: InputGrid, dtype: torch.dtype, decay: float) -> None:
         super().__init__()
         self.linear, self.grid, self.inputs, self.dtype, self.decay = linear, grid, inputs, dtype, decay
+        linear.weight.data = linear.weight.data.float()  # trained: 16 bits would swallow small steps
         self.threshold = torch.zeros((), device=linear.weight.device)
         self.updates = torch.zeros((), device=linear.weight.device)
         self.started = self.follows = False
@@ -238,12 +240,12 @@ class _Aware(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if self.inputs.static:
-            self._observe(x.detach().abs().amax())
+            self._observe(x.detach().abs().amax().float())
         if self.started or not self.inputs.static:
             scale = self.inputs.scale_of(self.threshold) if self.inputs.static else None
             x = straight_through(x, self.inputs.round(x, scale))
         weight = rounded_straight_through(self.linear.weight, self.grid, self.dtype)
-        return functional.linear(x, weight, self.linear.bias)
+        return functional.linear(x, weight.to(x.dtype), self.linear.bias)
 
     def packed(self) -> nn.Module:
         """The packed layer with what was learned."""

@@ -77,7 +77,7 @@ class _TrainedScale(nn.Module):
         """[..., in] -> [..., out]."""
         layer = self.layer[0]
         shape = torch.Size((layer.out_features, layer.in_features))
-        weight = layer.grid.ungrouped(self.centred.to(x.dtype) * self.scale[..., None], shape)
+        weight = layer.grid.ungrouped(self.centred * self.scale[..., None], shape).to(x.dtype)
         return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
     def settled(self) -> QuantizedLinear:

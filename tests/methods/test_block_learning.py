@@ -12,6 +12,7 @@ from architectures import tiny_model, tiny_tokens
 from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
+from methods.block_training import BlockTensors
 from methods.blocks import block_linears, record_blocks
 from methods.low_rank import LowRankLinear
 from methods.quantization.activations import InputGrid
@@ -97,6 +98,18 @@ def test_distillation_lowers_the_error_of_the_model(inputs, tmp_path):
     assert all(list(curve.values())[-1] < curve[0] for curve in log.log.curves.values())
 
 
+def test_steps_that_sixteen_bits_would_swallow_count_where_the_model_has_sixteen(tmp_path):
+    method, moved = ZeroQuant(GRID, epochs=1, learning_rate=1e-5), []
+    for dtype in (torch.float32, torch.bfloat16):
+        module = tiny_model("llama").bfloat16().to(dtype)
+        start = module.model.layers[0].mlp.up_proj.weight.clone()
+        scratch = tmp_path / str(dtype)
+        module = method.compress(LanguageModel(module, None, None, torch.float16), bench(scratch)).module
+        assert all(parameter.dtype == dtype for parameter in module.parameters())
+        moved.append(BlockTensors(scratch).get("model.layers.0")["mlp.up_proj.weight"] - start)
+    assert torch.cosine_similarity(*(change.flatten().float() for change in moved), dim=0) > 0.9
+
+
 # --------------------------------------------------------------------------------------------------- OmniQuant
 
 
@@ -149,6 +162,15 @@ def test_learning_beats_plain_rounding(inputs, tmp_path):
     method = OmniQuant(GRID, inputs, epochs=8)
     plain = compressed(RoundToNearest(GRID, inputs), tmp_path)
     assert error(compressed(method, tmp_path / "o")) < (0.98 if inputs is None else 0.9) * error(plain)
+
+
+def test_a_model_in_sixteen_bits_learns_as_one_in_float32(tmp_path):
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        language_model = LanguageModel(tiny_model("llama").to(dtype), None, None, torch.float16)
+        method = OmniQuant(GRID, epochs=2)
+        errors.append(error(method.compress(language_model, bench(tmp_path / str(dtype))).module.float()))
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_weights_alone_move_no_scales(tmp_path):
