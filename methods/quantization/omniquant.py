@@ -19,7 +19,7 @@ from methods.block_training import BlockTensors, minimise
 from methods.blocks import Block, input_groups, norm_readers, plain_linears, record_blocks
 from methods.curvature import observe_block
 from methods.quantization.fake_quantization import FakeQuantLinear, round_between
-from methods.quantization.grids import IntegerGrid
+from methods.quantization.grids import IntegerGrid, require_integers
 from methods.quantization.linear import pack_linear
 from methods.quantization.smoothing import Folding, find_foldings, fold
 
@@ -56,6 +56,7 @@ class OmniQuant:
     auxiliary_loss: bool = False
 
     def __post_init__(self) -> None:
+        require_integers(self.grid, "OmniQuant")
         if self.epochs < 0:
             raise ConfigError(f"method.epochs={self.epochs}: must be 0 (nothing is learned) or greater")
         for name in ("clipping_rate", "scale_rate"):

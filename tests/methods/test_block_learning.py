@@ -195,6 +195,7 @@ def test_a_killed_run_goes_on_to_the_same_result(method, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: OmniQuant(CodebookGrid("nf4", 4)), "integer grids"),
         (lambda: OmniQuant(GRID, epochs=-1), "epochs=-1"),
         (lambda: OmniQuant(GRID, migration=1.5), "migration=1.5"),
         (lambda: OmniQuant(GRID, scales="some"), "scales=some"),

@@ -169,6 +169,14 @@ def test_the_moving_average_is_its_closed_form():
     assert float(aware.threshold) == pytest.approx(expected)
 
 
+def test_inputs_may_stay_as_they_are(tmp_path):
+    """Without a step that is rounding of weights alone."""
+    done = compressed(AwareTraining(GRID, None, NONE), tmp_path)
+    rounded = compressed(RoundToNearest(GRID), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(done(CALIBRATION).logits, rounded(CALIBRATION).logits)
+
+
 def test_gradients_pass_straight_through_weights_and_inputs():
     aware = _Aware(nn.Linear(4, 3, bias=False), IntegerGrid(2, True, "tensor"), InputGrid(2), torch.float16, 0.9)
     x = torch.randn(2, 4, requires_grad=True)
@@ -236,6 +244,7 @@ def test_at_the_ends_q_bert_is_uniform(bits, tmp_path):
         (lambda: AwareTraining(GRID, STATIC, NONE, average_decay=1.0), "average_decay=1"),
         (lambda: HessianMixed(GRID, STATIC, NONE, data_chunks=0), "data_chunks=0"),
         (lambda: HessianMixed(GRID, STATIC, NONE, chunk_tokens=1), "chunk_tokens=1"),
+        (lambda: PEQA(NF4, NONE), "integer grids"),
         (lambda: QLoRA(NF4, NONE, rank=0), "rank=0"),
         (lambda: QLoRA(NF4, NONE, alpha=0), "alpha=0"),
     ],
