@@ -7,6 +7,7 @@ off tensor identities during one call. Where looking shows that blocks cannot be
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,19 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), attribute, module)
 
 
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """The parameters that `module` has now are float32 while inside, and what they were before afterwards."""
+    kept = [(parameter, parameter.dtype) for parameter in module.parameters()]
+    for parameter, _ in kept:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
 # ------------------------------------------------------------------------------------------------ running blocks
 
 
@@ -125,6 +139,20 @@ class Call:
         if self.hidden_name is None:
             return _first(block(hidden, *self.args, **self.kwargs))
         return _first(block(*self.args, **self.kwargs, **{self.hidden_name: hidden}))
+
+
+def _in_float32(call: Call, seen: dict[int, Tensor]) -> Call:
+    """The call with its tensors of floats in float32, each of them made once."""
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if id(value) not in seen:
+            seen[id(value)] = value.float()
+        return seen[id(value)]
+
+    args, kwargs = tree_map(wide, (call.args, call.kwargs))
+    return Call(args, kwargs, call.hidden_name)
 
 
 @dataclass
@@ -186,6 +214,13 @@ class Block:
     def linears(self) -> dict[str, nn.Module]:
         """Full dotted name -> linear."""
         return linears_in(self.module, self.name)
+
+    def copy_in_float32(self) -> Block:
+        """A copy to be trained: its parameters, and what it is called with, in float32; hidden states must be, too."""
+        seen: dict[int, Tensor] = {}  # by identity: calls share their masks
+        calls = [_in_float32(call, seen) for call in self.calls]
+        trial_call, trial_hidden = _in_float32(self.trial_call, seen), self.trial_hidden.float()
+        return Block(self.name, copy.deepcopy(self.module).float(), calls, trial_call, trial_hidden)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of the linear with this full dotted name."""

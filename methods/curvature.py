@@ -390,7 +390,8 @@ def sweep_columns(
     see_pivots: called once with the diagonal of U [C], by position, before the sweep begins.
     removed: bool [R, C], weights that an earlier method took out: zero when projected, so that the others make up.
     fused: what `project` and `removed` do, in the form that a GPU kernel takes; used on a GPU that has Triton.
-    A column that is never active (H_jj = 0) becomes zero. Updates beyond a block of `block_columns` are one product.
+    A column that is never active (H_jj = 0) becomes zero; only the damping is on H's diagonal there, so that the result
+    does not depend on the units of H. Updates beyond a block of `block_columns` are one product.
 
     With H⁻¹ = Uᵀ U, U upper triangular: e_j = (w_j - q_j) / U_jj, and w_k -= e_j U_jk for every k > j
     (Frantar et al. 2022, Algorithm 1); Σ e² is the error.
@@ -400,7 +401,7 @@ def sweep_columns(
     dead = moment.diagonal()[order] == 0
     work = weight.T[order]  # [C, R]: a column of W is contiguous; indexing copies
     work[dead] = 0
-    factor, used, retries = _factor_in_order(moment, order, dead, damping)
+    factor, used, retries = _factor_in_order(moment, order, damping)
     if see_pivots is not None:
         see_pivots(factor.diagonal().clone())
     if fused is not None and fused.runs_on(work):
@@ -475,17 +476,10 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float, int]:
     return _factor_backwards(moment.flip(0, 1), damping)
 
 
-def _factor_in_order(moment: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """`inverse_factor` by positions of an order of columns, with 1 on H's diagonal where that meets a dead one."""
-    return _factor_backwards(_live_backwards(moment, order, dead), damping)
-
-
-def _live_backwards(moment: Tensor, order: Tensor, dead: Tensor) -> Tensor:
-    """H [C, C] in the reverse of an order of columns, with 1 on the diagonal where that order meets a dead one."""
+def _factor_in_order(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """`inverse_factor` by positions of an order of columns."""
     reverse = order.flip(0)
-    backwards = moment.index_select(0, reverse).index_select(1, reverse)
-    backwards.diagonal().masked_fill_(dead.flip(0), 1)
-    return backwards
+    return _factor_backwards(moment.index_select(0, reverse).index_select(1, reverse), damping)
 
 
 def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float, int]:
@@ -496,6 +490,8 @@ def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float,
         raise RunError(
             "calibration inputs hold values that are not finite; score in float32 (hardware.scoring_dtype=float32)"
         )
+    if level == 0:  # no column is ever active: any damping will do
+        level = torch.ones_like(level)
     for retries in range(MAXIMUM_DAMPING_RETRIES + 1):
         used = damping * 10**retries
         backwards.diagonal().copy_(diagonal).add_(used * level)

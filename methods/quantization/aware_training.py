@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
-from methods.blocks import decoder_blocks, linears_in, plain_linears, replace_module
+from methods.blocks import decoder_blocks, in_float32, linears_in, plain_linears, replace_module
 from methods.quantization.activations import InputGrid, straight_through
 from methods.quantization.fake_quantization import rounded_straight_through
 from methods.quantization.grids import Grid, IntegerGrid
@@ -35,12 +35,13 @@ class AwareTraining:
     """Training of all weights of the blocks' linears under rounding, uniform in width: Q8BERT.
 
     grid: of the weights, fitted anew at every step.
-    inputs: of what they multiply; a static grid follows an exponential moving average of the largest magnitude.
+    inputs: of what they multiply, None for not; a static grid follows an exponential moving average of the largest
+        magnitude.
     average_decay: of that average; it starts faster, as (1 + t) / (10 + t), so that a short run gets anywhere.
     """
 
     grid: Grid
-    inputs: InputGrid
+    inputs: InputGrid | None
     training: TrainingSettings
     average_decay: float = 0.9999
 
@@ -71,7 +72,7 @@ class HessianMixed:
     """
 
     grid: IntegerGrid
-    inputs: InputGrid
+    inputs: InputGrid | None
     training: TrainingSettings
     spread: int = 1
     data_chunks: int = 2
@@ -114,7 +115,8 @@ class HessianMixed:
                 f"method.data_chunks={self.data_chunks}: there are {len(windows)} calibration windows; raise "
                 "calibration.samples"
             )
-        steepness = self._steepness(base.module, bench, windows)
+        with in_float32(base.module):
+            steepness = self._steepness(base.module, bench, windows)
         for index, value in enumerate(steepness):
             bench.log.point("hessian steepness by block", index, value)
         return allocate(steepness, self.grid.bits, spread)
@@ -195,7 +197,7 @@ def _train_rounded(
     bench: Bench,
     windows: Tensor,
     grids: dict[str, Grid],
-    inputs: InputGrid,
+    inputs: InputGrid | None,
     settings: TrainingSettings,
     decay: float,
 ) -> LanguageModel:
@@ -205,7 +207,7 @@ def _train_rounded(
     }
     for name, layer in layers.items():
         replace_module(base.module, name, layer)
-    if inputs.static:
+    if inputs is not None and inputs.static:
         _first_thresholds(base.module, windows[:1], layers)
     parameters = [layer.linear.weight for layer in layers.values()]
     for layer in layers.values():
@@ -228,28 +230,32 @@ def _first_thresholds(module: nn.Module, windows: Tensor, layers: dict[str, _Awa
 class _Aware(nn.Module):
     """A linear that rounds its weight and its inputs at every call, and follows how large its inputs are."""
 
-    def __init__(self, linear: nn.Linear, grid: Grid, inputs: InputGrid, dtype: torch.dtype, decay: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: Grid, inputs: InputGrid | None, dtype: torch.dtype, decay: float
+    ) -> None:
         super().__init__()
         self.linear, self.grid, self.inputs, self.dtype, self.decay = linear, grid, inputs, dtype, decay
+        linear.weight.data = linear.weight.data.float()  # trained: 16 bits would swallow small steps
         self.threshold = torch.zeros((), device=linear.weight.device)
         self.updates = torch.zeros((), device=linear.weight.device)
+        self.static = inputs is not None and inputs.static
         self.started = self.follows = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.inputs.static:
-            self._observe(x.detach().abs().amax())
-        if self.started or not self.inputs.static:
-            scale = self.inputs.scale_of(self.threshold) if self.inputs.static else None
+        if self.static:
+            self._observe(x.detach().abs().amax().float())
+        if self.inputs is not None and (self.started or not self.static):
+            scale = self.inputs.scale_of(self.threshold) if self.static else None
             x = straight_through(x, self.inputs.round(x, scale))
         weight = rounded_straight_through(self.linear.weight, self.grid, self.dtype)
-        return functional.linear(x, weight, self.linear.bias)
+        return functional.linear(x, weight.to(x.dtype), self.linear.bias)
 
     def packed(self) -> nn.Module:
         """The packed layer with what was learned."""
         weight = self.linear.weight.detach().float()
         scales = self.grid.fit(weight, self.dtype)
-        scale = self.inputs.scale_of(self.threshold) if self.inputs.static else None
+        scale = self.inputs.scale_of(self.threshold) if self.static else None
         return pack_linear(self.linear, self.grid.encode(weight, scales), scales, self.grid, self.inputs, scale)
 
     def _observe(self, largest: Tensor) -> None:

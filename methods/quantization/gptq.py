@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class GPTQ:
     """Second-order rounding.
 
-    grid: integers, or a code book that does not depend on the weights.
+    grid: integers, 8-bit values, or a code book that does not depend on the weights.
     inputs: how the inputs of linears are quantized when the model runs (dynamic grids); calibration sees them exact.
     damping: fraction of the mean of H's diagonal that is added to it.
     activation_order: treat the most active input channels first.
@@ -86,9 +86,10 @@ class GPTQ:
 
     def _check(self, name: str, columns: int) -> None:
         self.grid.check(name, columns)
-        if not isinstance(self.grid, IntegerGrid) and columns % self.grid.group_size:
+        size = self.grid.group_size
+        if not isinstance(self.grid, IntegerGrid) and isinstance(size, int) and columns % size:
             raise ConfigError(
-                f"{name}: {columns} input channels do not split into blocks of {self.grid.group_size}, and a block "
+                f"{name}: {columns} input channels do not split into blocks of {size}, and a block "
                 "that crosses rows cannot be solved column by column; choose a divisor for grid.group_size"
             )
 
@@ -191,6 +192,6 @@ class ColumnGrids:
         first = slice(0, 1) if self.grid.group_size == "tensor" else slice(None)
         parts = self.scale.T.to(self.storage_dtype).split(rows)
         if self.zero is None:
-            return [Scales(part, None) for part in parts]
+            return [Scales(part[first], None) for part in parts]
         zeros = self.zero.T.to(torch.int32).split(rows)
         return [Scales(s[first], z[first]) for s, z in zip(parts, zeros, strict=True)]

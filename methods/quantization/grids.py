@@ -177,3 +177,12 @@ class IntegerGrid:
         if self.group_size == "tensor":
             return grouped.view(shape)
         return grouped.flatten(1)[:, : shape[1]]
+
+
+def require_integers(grid: Grid, method: str) -> None:
+    """Raise ConfigError for a grid that is not an IntegerGrid."""
+    if not isinstance(grid, IntegerGrid):
+        raise ConfigError(
+            f"{method} works on integer grids, not on a {type(grid).__name__}; use grid@method.grid=int_group64, "
+            "or another of int_*"
+        )

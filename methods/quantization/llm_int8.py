@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel
 
 TOP = 127
+UNIT = 2.0**-7  # codes are multiplied as floats in this unit: float16 ends at 65,504, where sums of codes go far beyond
 SMALLEST = 1e-12  # a row without anything but outliers, or of zeros, decodes to zeros
 
 
@@ -149,15 +150,16 @@ class VectorwiseInt8Linear(PackedLinear):
         """See PackedLinear; the dense copy holds codes, which every 16-bit float can say, and not what they mean."""
         super().prepare(mode, dtype)
         if self.dense is not None:
-            self.dense = self.weight.to(dtype)
+            self.dense = self.weight.to(dtype) * UNIT
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; codes are multiplied as floats unless the layer is prepared for decoding."""
         if self.mode == "decoding" and self.dense is None:
             return super().forward(x)
         codes, scale, channels = self.encode_inputs(x)
-        weight = self.weight.to(x.dtype) if self.dense is None else self.dense
-        y = self._scaled(functional.linear(codes.to(x.dtype), weight), scale, channels, x)
+        weight = self.weight.to(x.dtype) * UNIT if self.dense is None else self.dense
+        sums = functional.linear(codes.to(x.dtype) * UNIT, weight).float() / UNIT**2
+        y = self._scaled(sums, scale, channels, x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def decode_operand(self, dtype: torch.dtype) -> bool:

@@ -78,7 +78,9 @@ def factors_of(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tall = wide if wide.shape[0] >= wide.shape[1] else wide.T
     squares, vectors = torch.linalg.eigh(tall.T @ tall)
     vectors = vectors[:, -rank:].flip(1)  # the largest first
-    root = squares[-rank:].flip(0).clamp(min=torch.finfo(torch.float64).tiny).pow(0.25)  # √σ
+    kind = torch.finfo(torch.float64)
+    least = (squares[-1] * kind.eps).clamp(min=kind.tiny)  # below is noise, that of an error of lower rank
+    root = squares[-rank:].flip(0).clamp(min=least).pow(0.25)  # √σ
     long, short = tall @ vectors / root, (vectors * root).T
     left, right = (long, short) if tall is wide else (short.T, long.T)
     return left.to(error.dtype), right.to(error.dtype)

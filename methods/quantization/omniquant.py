@@ -7,7 +7,6 @@ uncompressed block gives on what uncompressed blocks hand on. Weights themselves
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,7 @@ from methods.block_training import BlockTensors, minimise
 from methods.blocks import Block, input_groups, norm_readers, plain_linears, record_blocks
 from methods.curvature import observe_block
 from methods.quantization.fake_quantization import FakeQuantLinear, round_between
-from methods.quantization.grids import IntegerGrid
+from methods.quantization.grids import IntegerGrid, require_integers
 from methods.quantization.linear import pack_linear
 from methods.quantization.smoothing import Folding, find_foldings, fold
 
@@ -57,6 +56,7 @@ class OmniQuant:
     auxiliary_loss: bool = False
 
     def __post_init__(self) -> None:
+        require_integers(self.grid, "OmniQuant")
         if self.epochs < 0:
             raise ConfigError(f"method.epochs={self.epochs}: must be 0 (nothing is learned) or greater")
         for name in ("clipping_rate", "scale_rate"):
@@ -101,7 +101,7 @@ class OmniQuant:
         model = student.model()
 
         def loss(i: int) -> Tensor:
-            output = model.run(i, rounded[i])
+            output = model.run(i, rounded[i].float())
             distance = (output - targets[i]).square().mean()
             return distance if on_stream is None else distance + (output - on_stream[i]).square().mean()
 
@@ -177,8 +177,7 @@ class _Student:
 
     def model(self) -> Block:
         """The block as it computes with what is learned so far."""
-        module = copy.deepcopy(self.block.module)
-        block = Block(self.block.name, module, self.block.calls, self.block.trial_call, self.block.trial_hidden)
+        block = self.block.copy_in_float32()
         readers = {name: folding.producer for folding in self.foldings for name in folding.readers}
         for name, linear in block.linears().items():
             weigh = self._weigher(name, linear, readers.get(name))

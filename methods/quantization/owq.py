@@ -17,7 +17,7 @@ from harness.errors import ConfigError
 from methods.blocks import Block, one_at_a_time, plain_linears
 from methods.curvature import Moments, Sweep, blocks_to_calibrate, calibrate_block, sweep_columns
 from methods.fused_sweep import FusedColumns
-from methods.quantization.grids import IntegerGrid, Scales
+from methods.quantization.grids import IntegerGrid, Scales, require_integers
 from methods.quantization.linear import PackedLinear, pack_linear
 from methods.quantization.outliers import ColumnOutlierLinear
 from methods.quantization.range_search import searched_scales
@@ -50,6 +50,7 @@ class OWQ:
     working_memory_gib: float = 4.0
 
     def __post_init__(self) -> None:
+        require_integers(self.grid, "OWQ")
         for name in ("search_points", "sensitivity_points", "damping", "block_columns", "working_memory_gib"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"method.{name}={getattr(self, name)}: must be greater than 0")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from methods.blocks import block_linears, replace_module
+from methods.quantization.grids import require_integers
 from methods.quantization.round_to_nearest import RoundToNearest
 from methods.training import TrainingSettings, language_modeling_loss, train
 
@@ -32,6 +33,9 @@ class PEQA:
 
     grid: IntegerGrid
     training: TrainingSettings
+
+    def __post_init__(self) -> None:
+        require_integers(self.grid, "PEQA")
 
     @torch.no_grad()
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
@@ -77,7 +81,7 @@ class _TrainedScale(nn.Module):
         """[..., in] -> [..., out]."""
         layer = self.layer[0]
         shape = torch.Size((layer.out_features, layer.in_features))
-        weight = layer.grid.ungrouped(self.centred.to(x.dtype) * self.scale[..., None], shape)
+        weight = layer.grid.ungrouped(self.centred * self.scale[..., None], shape).to(x.dtype)
         return functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
     def settled(self) -> QuantizedLinear:

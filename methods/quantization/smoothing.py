@@ -7,16 +7,13 @@ through. Which foldings exist is not looked up by architecture: each candidate i
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from harness.errors import RunError
-from methods.blocks import Block, Call, gain_offset, input_groups, norm_readers
+from methods.blocks import Block, gain_offset, input_groups, norm_readers
 
 EXACT = 0.01  # a fold is exact when every token moves by less than this share of what half a fold moves it by
 NOISE = 1e-5  # share of a token's output that float32 arithmetic may move
@@ -122,12 +119,9 @@ class _Trial:
     """A float32 copy of a block on which foldings can be tried."""
 
     def __init__(self, block: Block) -> None:
-        self.module = copy.deepcopy(block.module).float()
-        call = block.trial_call
-        self.call = Call(_to_float32(call.args), _to_float32(call.kwargs), call.hidden_name)
-        self.hidden = block.trial_hidden.float()
-        self.modules = dict(self.module.named_modules(prefix=block.name))
-        self.expected = self.call.run(self.module, self.hidden)
+        self.block = replace(block, calls=[]).copy_in_float32()
+        self.modules = dict(self.block.module.named_modules(prefix=block.name))
+        self.expected = self.block.trial()
 
     def is_exact(self, folding: Folding) -> bool:
         """Whether scaling both sides leaves the output alone, measured against scaling the readers only.
@@ -141,7 +135,7 @@ class _Trial:
         touched = [producer, *(self.modules[name] for name in folding.readers)]
         kept = [(p, p.clone()) for module in touched for p in module.parameters(recurse=False)]
         width = self.modules[folding.readers[0]].in_features
-        scale = torch.exp2(torch.arange(width, device=self.hidden.device).float().sin())  # 0.5 to 2, no period
+        scale = torch.exp2(torch.arange(width, device=self.expected.device).float().sin())  # 0.5 to 2, no period
         _multiply_readers(self.modules, folding, scale)
         half = self._moved()
         _divide_producer(producer, scale)
@@ -152,9 +146,4 @@ class _Trial:
 
     def _moved(self) -> Tensor:
         """How far each token's output is from the unscaled one: [1, T]."""
-        return (self.call.run(self.module, self.hidden) - self.expected).norm(dim=-1)
-
-
-def _to_float32(tree: object) -> object:
-    convert: Callable = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    return tree_map(convert, tree)
+        return (self.block.trial() - self.expected).norm(dim=-1)

@@ -218,8 +218,10 @@ def _encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _pivots(moment: Tensor, order: Tensor | None, damping: float) -> tuple[Tensor, float, int]:
-    """U_jj [C] in the order of the sweep, the damping that was needed, and how often it was raised."""
-    moment = moment.clone() if order is None else moment[order][:, order]
-    moment.diagonal()[moment.diagonal() == 0] = 1
+    """U_jj [C] in the order of the sweep, the damping that was needed, and how often it was raised.
+
+    Infinite where a channel is never active: whatever its weights become costs nothing, so none is an outlier.
+    """
+    moment = moment if order is None else moment[order][:, order]
     factor, used, retries = inverse_factor(moment, damping)
-    return factor.diagonal().clone(), used, retries
+    return factor.diagonal().masked_fill(moment.diagonal() == 0, math.inf), used, retries

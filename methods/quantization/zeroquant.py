@@ -6,7 +6,6 @@ memory: the teacher's hidden states enter both blocks, the student minimises the
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from methods.block_training import BlockTensors, minimise
-from methods.blocks import Block, plain_linears, record_blocks
+from methods.blocks import Block, in_float32, plain_linears, record_blocks
 from methods.quantization.fake_quantization import FakeQuantLinear, rounded_straight_through
 from methods.quantization.round_to_nearest import rounded_linear
 
@@ -58,15 +57,16 @@ class ZeroQuant:
         kept = BlockTensors(bench.scratch)
         for index, block in enumerate(bench.progress.track(blocks, "ZeroQuant", len(blocks))):
             targets = block(hidden)
-            if self.epochs:
-                learned = kept.get(block.name)
-                if learned is None:
-                    learned = self._distil(block, hidden, targets, base.storage_dtype, bench, index)
-                    kept.put(block.name, learned)
-                block.module.load_state_dict(learned)
-                bench.log.tokens += self.epochs * windows.numel()
-            for name, linear in block.linears().items():
-                block.replace(name, rounded_linear(linear, self.grid, base.storage_dtype, self.inputs))
+            with in_float32(block.module):
+                if self.epochs:
+                    learned = kept.get(block.name)
+                    if learned is None:
+                        learned = self._distil(block, hidden, targets, base.storage_dtype, bench, index)
+                        kept.put(block.name, learned)
+                    block.module.load_state_dict(learned)
+                    bench.log.tokens += self.epochs * windows.numel()
+                for name, linear in block.linears().items():
+                    block.replace(name, rounded_linear(linear, self.grid, base.storage_dtype, self.inputs))
             hidden = targets
         return base
 
@@ -79,8 +79,8 @@ class ZeroQuant:
         bench: Bench,
         index: int,
     ) -> dict[str, Tensor]:
-        """Parameters of the block, trained so that the rounded block does what the block did."""
-        student = Block(block.name, copy.deepcopy(block.module), block.calls, block.trial_call, block.trial_hidden)
+        """Parameters of the block in float32, trained so that the rounded block does what the block did."""
+        student = block.copy_in_float32()
         plain = student.linears()
         trained = {id(parameter): parameter.requires_grad_(True) for parameter in student.module.parameters()}
         for name, linear in plain.items():
@@ -91,7 +91,7 @@ class ZeroQuant:
         groups += [{"params": others, "lr": self.learning_rate}] if others else []
         minimise(
             groups,
-            lambda i: (student.run(i, hidden[i]) - targets[i]).square().mean(),
+            lambda i: (student.run(i, hidden[i].float()) - targets[i]).square().mean(),
             len(hidden),
             self.epochs,
             torch.Generator().manual_seed(bench.generator.initial_seed() + index),

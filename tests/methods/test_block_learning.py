@@ -12,6 +12,7 @@ from architectures import tiny_model, tiny_tokens
 from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
+from methods.block_training import BlockTensors
 from methods.blocks import block_linears, record_blocks
 from methods.low_rank import LowRankLinear
 from methods.quantization.activations import InputGrid
@@ -97,6 +98,18 @@ def test_distillation_lowers_the_error_of_the_model(inputs, tmp_path):
     assert all(list(curve.values())[-1] < curve[0] for curve in log.log.curves.values())
 
 
+def test_steps_that_sixteen_bits_would_swallow_count_where_the_model_has_sixteen(tmp_path):
+    method, moved = ZeroQuant(GRID, epochs=1, learning_rate=1e-5), []
+    for dtype in (torch.float32, torch.bfloat16):
+        module = tiny_model("llama").bfloat16().to(dtype)
+        start = module.model.layers[0].mlp.up_proj.weight.clone()
+        scratch = tmp_path / str(dtype)
+        module = method.compress(LanguageModel(module, None, None, torch.float16), bench(scratch)).module
+        assert all(parameter.dtype == dtype for parameter in module.parameters())
+        moved.append(BlockTensors(scratch).get("model.layers.0")["mlp.up_proj.weight"] - start)
+    assert torch.cosine_similarity(*(change.flatten().float() for change in moved), dim=0) > 0.9
+
+
 # --------------------------------------------------------------------------------------------------- OmniQuant
 
 
@@ -151,6 +164,15 @@ def test_learning_beats_plain_rounding(inputs, tmp_path):
     assert error(compressed(method, tmp_path / "o")) < 0.9 * error(plain)
 
 
+def test_a_model_in_sixteen_bits_learns_as_one_in_float32(tmp_path):
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        language_model = LanguageModel(tiny_model("llama").to(dtype), None, None, torch.float16)
+        method = OmniQuant(GRID, epochs=2)
+        errors.append(error(method.compress(language_model, bench(tmp_path / str(dtype))).module.float()))
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_weights_alone_move_no_scales(tmp_path):
     module = compressed(OmniQuant(GRID, epochs=1), tmp_path)
     before = dict(tiny_model("llama").named_parameters())
@@ -173,6 +195,7 @@ def test_a_killed_run_goes_on_to_the_same_result(method, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: OmniQuant(CodebookGrid("nf4", 4)), "integer grids"),
         (lambda: OmniQuant(GRID, epochs=-1), "epochs=-1"),
         (lambda: OmniQuant(GRID, migration=1.5), "migration=1.5"),
         (lambda: OmniQuant(GRID, scales="some"), "scales=some"),
@@ -199,6 +222,14 @@ def test_what_is_left_is_the_tail_of_the_singular_values(shape, rank):
     tail = torch.linalg.svdvals(matrix)[rank:].square().sum()
     torch.testing.assert_close((matrix - left @ right).square().sum(), tail, atol=1e-10, rtol=1e-8)
     torch.testing.assert_close(left.square().sum(0), right.square().sum(1))  # √Σ on either side
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_error_of_lower_rank_is_made_up_for_whole(seed):
+    generator = torch.Generator().manual_seed(seed)
+    error = 1e-3 * torch.randn(12, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+    left, right = factors_of(error, 12)
+    torch.testing.assert_close(left @ right, error, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("inner", [RoundToNearest(GRID), GPTQ(GRID), GPTQ(CodebookGrid("float", 4, 16))])

@@ -168,6 +168,16 @@ def test_dead_columns_become_zero_and_do_not_disturb_the_others():
     assert torch.allclose(swept[:, live], alone)
 
 
+def test_the_unit_of_the_moments_does_not_matter_where_columns_are_dead():
+    """Damping is a share of what live columns have; a mean over tokens is thousands of times less than a sum."""
+    weight, moment = weights(6, 30), correlated(30)
+    moment[3::4] = moment[:, 3::4] = 0
+    project, _ = rounding(weight)
+    expected = sweep_columns(weight, moment, project).weight
+    assert torch.equal(sweep_columns(weight, moment * 2**-14, project).weight, expected)
+    assert (sweep_columns(weight, torch.zeros_like(moment), project).weight == 0).all()
+
+
 def test_damping_is_raised_until_the_factor_exists():
     low_rank = torch.ones(40, 40) - 1e-3 * torch.eye(40)
     factor, used, retries = inverse_factor(low_rank, 1e-6)

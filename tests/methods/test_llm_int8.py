@@ -130,13 +130,24 @@ def test_the_kernel_computes_what_is_simulated(threshold, keeps_weights, tokens)
 
 
 @pytest.mark.parametrize("threshold", [None, 6.0])
-def test_the_simulation_in_sixteen_bits_is_as_close(threshold):
-    """bfloat16 says every code exactly, so only outputs are rounded: once in the kernel, twice when simulated."""
-    made, x = layer(threshold), inputs(20).bfloat16()
-    made.prepare("scoring", torch.bfloat16)
-    simulated = made(x).float()
-    made.prepare("decoding", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_simulation_in_sixteen_bits_is_as_close(threshold, dtype):
+    """Both say every code exactly, so only outputs are rounded: once in the kernel, twice when simulated."""
+    made, x = layer(threshold), inputs(20).to(dtype)
+    stored = made(x)
+    made.prepare("scoring", dtype)
+    simulated = made(x)
+    made.prepare("decoding", dtype)
+    assert torch.equal(stored, simulated)
+    simulated = simulated.float()
     assert ((made(x).float() - simulated).abs() <= 2**-6 * simulated.abs() + 2**-6).all()
+
+
+def test_sums_of_codes_beyond_the_range_of_float16_are_simulated_in_it():
+    wide = nn.Linear(4096, 8, bias=False).requires_grad_(False)
+    wide.weight.fill_(0.01)
+    made = VectorwiseInt8Linear.from_linear(wide, None, False, torch.float16)
+    torch.testing.assert_close(made(torch.ones(2, 4096, dtype=torch.float16)), torch.full((2, 8), 40.96).half())
 
 
 def test_what_a_token_gets_depends_on_its_companions():

@@ -15,6 +15,7 @@ from harness.method import Bench, LanguageModel
 from harness.progress import NoProgress
 from methods.blocks import block_linears
 from methods.quantization import owq
+from methods.quantization.eight_bit import EightBitGrid
 from methods.quantization.gptq import GPTQ
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import INT4, QuantizedLinear, pack_linear
@@ -215,6 +216,7 @@ def test_whole_models(name, sequential):
         {"damping": 0},
         {"sequential": "model"},
         {"grid": IntegerGrid(3, group_size="tensor")},
+        {"grid": EightBitGrid()},
     ],
 )
 def test_impossible_settings_are_refused(fields):

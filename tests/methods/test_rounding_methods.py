@@ -15,6 +15,7 @@ from methods.blocks import block_linears
 from methods.dense import Dense
 from methods.quantization.activations import InputGrid
 from methods.quantization.codebooks import CodebookGrid
+from methods.quantization.eight_bit import EightBitGrid
 from methods.quantization.gptq import GPTQ
 from methods.quantization.grids import IntegerGrid
 from methods.quantization.linear import QuantizedLinear
@@ -172,9 +173,15 @@ def test_impossible_settings_are_refused(fields):
         GPTQ(**{"grid": GRID, **fields})
 
 
-@pytest.mark.parametrize("kind", ["float", "nf4", "int", "dynamic"])
-def test_gptq_on_a_code_book_stays_on_its_grid_and_errs_less_than_rounding(kind):
-    grid = CodebookGrid(kind, 4, 16)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *(CodebookGrid(kind, 4, 16) for kind in ("float", "nf4", "int", "dynamic")),
+        *(EightBitGrid(kind, scope) for kind in ("int", "e4m3") for scope in ("channel", "tensor")),
+    ],
+    ids=str,
+)
+def test_gptq_on_another_grid_than_integers_stays_on_it_and_errs_less_than_rounding(grid):
     tokens = Windows().calibration_windows(None, torch.Generator().manual_seed(0))
     before = weights(tiny_model("llama"))
     with torch.no_grad():

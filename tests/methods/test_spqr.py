@@ -143,6 +143,19 @@ def test_a_lower_threshold_takes_more_outliers_and_errs_less(leave_one_out):
     assert errors[2:] == sorted(errors[2:], reverse=True)
 
 
+@pytest.mark.parametrize("order", [False, True])
+def test_a_channel_that_is_never_active_has_no_outliers_whatever_the_unit_of_the_moments(order):
+    weight, moment = problem()
+    moment[5::6] = moment[:, 5::6] = 0
+    method = SpQR(3, activation_order=order)
+    expected, found = (method.solve(weight, moment * unit, torch.float16)[1] for unit in (1, 2**-14))
+    back = torch.arange(COLUMNS) if found.order is None else found.order.argsort()
+    assert torch.equal(found.outliers, expected.outliers)
+    assert torch.equal(found.codes, expected.codes)
+    assert found.outliers.any()
+    assert not found.outliers[:, back][:, 5::6].any()
+
+
 def test_every_weight_is_rounded_within_the_threshold_or_kept():
     """Σ e² is the error of the sweep; an entry contributes at most the threshold, an outlier next to nothing."""
     weight, moment = problem()

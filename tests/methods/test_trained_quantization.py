@@ -28,6 +28,7 @@ GRID = IntegerGrid(3, group_size=16)
 NF4 = CodebookGrid("nf4", 4, 16, double_quantization=True)
 STATIC = InputGrid(8, scope="tensor", static=True)
 NONE = TrainingSettings(steps=0, learning_rate=1e-3)
+FEW = TrainingSettings(steps=6, learning_rate=1e-3)
 SOME = TrainingSettings(steps=40, learning_rate=2e-2)
 CALIBRATION = torch.randint(3, 97, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -37,14 +38,30 @@ class Windows:
         return CALIBRATION
 
 
-def compressed(method, scratch: Path):
+def compressed(method, scratch: Path, dtype=torch.float32):
     run = Bench(Windows(), torch.Generator().manual_seed(0), scratch, NoProgress())
-    return method.compress(LanguageModel(tiny_model("llama"), None, None, torch.float16), run).module
+    return method.compress(LanguageModel(tiny_model("llama").to(dtype), None, None, torch.float16), run).module
 
 
 def loss(module) -> float:
     with torch.no_grad():
         return float(language_modeling_loss(module, CALIBRATION))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PEQA(GRID, FEW),
+        AwareTraining(EightBitGrid("int", "tensor"), STATIC, FEW),
+        HessianMixed(GRID, InputGrid(8), FEW, data_chunks=1, iterations=1),
+    ],
+    ids=["peqa", "q8bert", "qbert"],
+)
+def test_a_model_in_sixteen_bits_is_trained_as_one_in_float32(method, tmp_path):
+    """Steps are taken in float32: 16 bits would swallow small ones."""
+    wide, narrow = (compressed(method, tmp_path / str(dtype), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    assert loss(narrow.float()) == pytest.approx(loss(wide), abs=2e-3)
 
 
 # -------------------------------------------------------------------------------------------------------- PEQA
@@ -152,6 +169,14 @@ def test_the_moving_average_is_its_closed_form():
     assert float(aware.threshold) == pytest.approx(expected)
 
 
+def test_inputs_may_stay_as_they_are(tmp_path):
+    """Without a step that is rounding of weights alone."""
+    done = compressed(AwareTraining(GRID, None, NONE), tmp_path)
+    rounded = compressed(RoundToNearest(GRID), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(done(CALIBRATION).logits, rounded(CALIBRATION).logits)
+
+
 def test_gradients_pass_straight_through_weights_and_inputs():
     aware = _Aware(nn.Linear(4, 3, bias=False), IntegerGrid(2, True, "tensor"), InputGrid(2), torch.float16, 0.9)
     x = torch.randn(2, 4, requires_grad=True)
@@ -219,6 +244,7 @@ def test_at_the_ends_q_bert_is_uniform(bits, tmp_path):
         (lambda: AwareTraining(GRID, STATIC, NONE, average_decay=1.0), "average_decay=1"),
         (lambda: HessianMixed(GRID, STATIC, NONE, data_chunks=0), "data_chunks=0"),
         (lambda: HessianMixed(GRID, STATIC, NONE, chunk_tokens=1), "chunk_tokens=1"),
+        (lambda: PEQA(NF4, NONE), "integer grids"),
         (lambda: QLoRA(NF4, NONE, rank=0), "rank=0"),
         (lambda: QLoRA(NF4, NONE, alpha=0), "alpha=0"),
     ],
