@@ -115,7 +115,8 @@ class LLMPruner:
             for kind in wanted[0]:
                 gone = [full[kind] - layer.units[kind].count for full, layer in zip(before, chosen, strict=True)]
                 goal = [count[kind] * done // self.rounds for count in wanted]
-                counts = [max(0, target - already) for target, already in zip(goal, gone, strict=True)]
+                # below zero where scope=model has taken more of a block than its part: others must lose less
+                counts = [target - already for target, already in zip(goal, gone, strict=True)]
                 for layer, kept in zip(chosen, self._kept([s[kind] for s in scores], counts), strict=True):
                     layer.remove(kind, kept)
         report_removed(layers, self.sparsity, bench)
