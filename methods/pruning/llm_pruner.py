@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from methods.blocks import block_linears
+from methods.curvature import require_finite
 from methods.low_rank import add_adapters, merge_adapters
 from methods.pruning.structured import (
     Extent,
@@ -160,6 +161,7 @@ class LLMPruner:
 
     def _of_units(self, layer: Layer, units: Units, of_weights: Callable[[str], Tensor]) -> Tensor:
         matrices = matrix_scores(units, lambda name: of_weights(f"{layer.name}.{name}"), self.importance == "vector")
+        require_finite(matrices, f"{layer.name}: importances")
         return AGGREGATES[self.aggregate](matrices)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import artifact
 from harness.engines.transformers import TransformersEngine
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel, TrainingLog
 from harness.probes.footprint import analytic_kv_bytes_per_token
 from harness.progress import NoProgress
@@ -373,8 +373,6 @@ def test_transformers_loads_uneven_models_once_the_classes_are_there(uneven, tmp
 
 
 def test_a_configuration_that_names_no_architecture_is_refused():
-    from harness.errors import RunError
-
     with pytest.raises(RunError, match="lacks dense_model_type"):
         UnevenConfig.from_dict({"model_type": MODEL_TYPE})
 
@@ -594,6 +592,13 @@ def test_over_the_whole_model_the_same_number_goes_and_no_block_loses_all(rounds
     assert sum(widths["model"]) == sum(widths["block"])
     assert len(set(widths["model"])) > 1
     assert min(widths["model"]) > 0
+
+
+def test_importance_that_is_no_number_ends_the_run():
+    lm = language_model()
+    lm.module.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(RunError, match=r"layers\.0: importances .* not finite"):
+        LLMPruner(0.4, NONE).compress(lm, bench())
 
 
 def test_first_and_last_blocks_stay():
