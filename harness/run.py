@@ -312,6 +312,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         kept["hardware"].pop("sharded", None)
     elif environment.training_processes() > 1:
         kept["processes"] = environment.training_processes()  # each reads texts of its own in every step
+    if _trains(config["method"]) and kept["hardware"].get("scoring_dtype") != "float32":
+        kept["trained_in"] = "float32"  # it once was that type; such a run is not this one
     return kept
 
 
@@ -346,7 +348,7 @@ def _file_state(path: Path) -> Any:
 
 def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
     """What a compressed model depends on: everything but the evaluation."""
-    own = {key: wanted[key] for key in ("card", "method", "processes") if key in wanted}
+    own = {key: wanted[key] for key in ("card", "method", "processes", "trained_in") if key in wanted}
     return calibration_identity(wanted) | own
 
 

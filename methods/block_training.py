@@ -66,7 +66,7 @@ def minimise(
             if point is not None:
                 point((epoch + 1) * samples, total / samples)
     after = _mean_loss(loss, samples) if epochs else before
-    if after > before:
+    if not after <= before:  # nor where the last step left no numbers
         with torch.no_grad():
             for parameter, value in zip(parameters, initial, strict=True):
                 parameter.copy_(value)

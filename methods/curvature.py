@@ -148,6 +148,12 @@ def _mirror(upper: Tensor) -> Tensor:
     return upper
 
 
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise RunError, naming `what`, where a value is no number: a ranking by it is none, and nobody would see that."""
+    if not bool(values.isfinite().all()):
+        raise RunError(f"{what} hold values that are not finite; score in float32 (hardware.scoring_dtype=float32)")
+
+
 def blocks_to_calibrate(
     base: LanguageModel, bench: Bench, working_memory_gib: float, sequential: Literal["linear", "block"]
 ) -> tuple[list[Block], list[Tensor]]:
@@ -486,10 +492,7 @@ def _factor_backwards(backwards: Tensor, damping: float) -> tuple[Tensor, float,
     """`inverse_factor` of a moment that is given backwards, and not needed afterwards: of few copies is there room."""
     diagonal = backwards.diagonal().clone()
     level = diagonal.flip(0).mean()
-    if not torch.isfinite(level):
-        raise RunError(
-            "calibration inputs hold values that are not finite; score in float32 (hardware.scoring_dtype=float32)"
-        )
+    require_finite(level, "calibration inputs")
     if level == 0:  # no column is ever active: any damping will do
         level = torch.ones_like(level)
     for retries in range(MAXIMUM_DAMPING_RETRIES + 1):

@@ -48,7 +48,7 @@ class TrainingSettings:
     weight_decay: of matrices; vectors and scales are left out. betas: of AdamW.
     maximum_gradient_norm: gradients are clipped to it. checkpoint_steps: steps between checkpoints.
     validation_steps: steps between looks at held-out text, where a method looks at some; 0: at the start and the end.
-    mixed_precision: bfloat16 products on GPUs; parameters stay in float32.
+    mixed_precision: bfloat16 products on GPUs; parameters are float32 in any case.
     compile_blocks: compile decoder blocks, which takes a minute or so and pays from some thousand steps on.
     """
 
@@ -180,6 +180,7 @@ def train(
     after_step: called after every optimizer step (masks, bounds).
     before_step: called when the gradients of a step are whole and clipped, before they are used.
     state: tensors that change in place while training and are no parameters (moving averages): kept in checkpoints.
+    A model of which 16-bit parameters are trained is float32 from here on.
     first_step: where this training begins on the curve of a method that trains several times.
     prepare: (module, batch, generator) -> batch, rewrites every batch of a step before its losses, without gradients:
         to sample from the model that is trained. The generator depends on seed, step, pass and process alone.
@@ -192,6 +193,7 @@ def train(
     if settings.steps == 0:
         return
     parameters = list(parameters)
+    _widen(module, parameters)
     if bench.sharded:
         if settings.compile_blocks:
             raise ConfigError("training.compile_blocks=true with hardware.sharded=true: set one of them to false")
@@ -212,6 +214,15 @@ def train(
         parameter.grad = None
     module.eval()
     bench.log.tokens += int(trained.tokens_seen) * training_processes()
+
+
+def _widen(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Make a model float32 when 16-bit parameters are trained: most steps are less than the last digit of those."""
+    if all(parameter.dtype not in (torch.float16, torch.bfloat16) for parameter in parameters):
+        return
+    module.float()
+    for parameter in parameters:  # those beside the module's
+        parameter.data = parameter.data.float()
 
 
 @contextmanager

@@ -77,8 +77,7 @@ class GUM:
     def compress(self, base: LanguageModel, bench: Bench) -> LanguageModel:
         """Train weights and scores with fewer and fewer neurons, then remove those that are masked."""
         text = bench.corpus.calibration_windows(base.tokenizer, bench.generator)
-        computed_in = base.module.dtype
-        base.module.float()  # all of it is trained
+        base.module.float()  # all of it is trained, and stored from there: through bfloat16 digits would be lost
         layers = find_layers(base.module, text[:1], heads=False)
         units = [layer.units["channels"] for layer in layers]
         gone = removed_neurons(layers, self.sparsity)
@@ -104,7 +103,6 @@ class GUM:
         for layer, mask in zip(layers, masks, strict=True):
             layer.remove("channels", mask.bool())
         report_removed(layers, self.sparsity, bench)
-        base.module.to(computed_in)
         return rebuilt(base, layers)
 
     def _watch(

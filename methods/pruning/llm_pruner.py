@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from methods.blocks import block_linears
+from methods.curvature import require_finite
 from methods.low_rank import add_adapters, merge_adapters
 from methods.pruning.structured import (
     Extent,
@@ -115,7 +116,8 @@ class LLMPruner:
             for kind in wanted[0]:
                 gone = [full[kind] - layer.units[kind].count for full, layer in zip(before, chosen, strict=True)]
                 goal = [count[kind] * done // self.rounds for count in wanted]
-                counts = [max(0, target - already) for target, already in zip(goal, gone, strict=True)]
+                # below zero where scope=model has taken more of a block than its part: others must lose less
+                counts = [target - already for target, already in zip(goal, gone, strict=True)]
                 for layer, kept in zip(chosen, self._kept([s[kind] for s in scores], counts), strict=True):
                     layer.remove(kind, kept)
         report_removed(layers, self.sparsity, bench)
@@ -159,6 +161,7 @@ class LLMPruner:
 
     def _of_units(self, layer: Layer, units: Units, of_weights: Callable[[str], Tensor]) -> Tensor:
         matrices = matrix_scores(units, lambda name: of_weights(f"{layer.name}.{name}"), self.importance == "vector")
+        require_finite(matrices, f"{layer.name}: importances")
         return AGGREGATES[self.aggregate](matrices)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.errors import ConfigError
 from methods.blocks import one_at_a_time, plain_linears
-from methods.curvature import Moments, blocks_to_calibrate, calibrate_block
+from methods.curvature import Moments, blocks_to_calibrate, calibrate_block, require_finite
 from methods.pruning.masks import SCOPES, Pattern, Scope, lowest
 from methods.pruning.sparse_linear import SparseLinear
 
@@ -55,9 +55,11 @@ class Wanda:
             linears = block.linears()
 
             def change(names: list[str], moments: Moments, linears: dict = linears, pruned: dict = pruned) -> None:
+                squares = moments.squares()
+                require_finite(squares, "calibration inputs")
                 for name in names:
                     linear = linears[name]
-                    removed = lowest(scores(linear.weight, moments.squares()), pattern, self.scope)
+                    removed = lowest(scores(linear.weight, squares), pattern, self.scope)
                     linear.weight.masked_fill_(removed, 0)
                     pruned[name] = SparseLinear.from_mask(
                         linear, linear.weight, removed, str(pattern), base.storage_dtype

@@ -146,6 +146,21 @@ def test_what_several_processes_train_is_another_run_than_what_one_does(monkeypa
     assert digest("rtn") == alone["rtn"]
 
 
+def test_what_was_trained_in_16_bits_is_no_run_of_today():
+    """Training is in float32 now, whatever scores are: a record that is older must not stand for such a run."""
+
+    def parts(method: str, dtype: str) -> tuple[dict, dict]:
+        wanted = run.identity(resolved(f"method={method}", "model=tiny", f"hardware.scoring_dtype={dtype}"))
+        return wanted, run.compression_identity(wanted)
+
+    for method, dtype, said in (
+        ("word_kd", "bfloat16", True),
+        ("word_kd", "float32", False),
+        ("rtn", "bfloat16", False),
+    ):
+        assert all(("trained_in" in part) == said for part in parts(method, dtype))
+
+
 # ---------------------------------------------------------------------------------------------------- timing by itself
 
 

@@ -39,6 +39,13 @@ def test_training_never_harms():
     assert found.after == found.before
 
 
+def test_a_last_step_into_what_is_no_number_is_taken_back():
+    x = torch.tensor(1.0, requires_grad=True)
+    found = minimise([{"params": [x], "lr": 5.0}], lambda i: x.sqrt() + x, 1, 1, torch.Generator(), "x")
+    assert float(x) == 1.0
+    assert found.after == found.before == 2.0
+
+
 def test_no_epochs_change_nothing():
     assert fit(1.0, epochs=0)[0] == 0.0
 

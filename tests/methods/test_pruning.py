@@ -11,11 +11,11 @@ from architectures import ARCHITECTURES, tiny_model, tiny_tokens
 from torch import nn
 
 from harness import artifact
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel
 from harness.probes.footprint import linear_bits
 from harness.progress import NoProgress
-from methods.blocks import block_linears
+from methods.blocks import TRIAL_TOKENS, block_linears
 from methods.curvature import sweep_columns
 from methods.pruning.magnitude import Magnitude
 from methods.pruning.masks import Pattern, lowest
@@ -119,6 +119,17 @@ def test_sparsegpt_errs_less_than_wanda_and_that_less_than_magnitude_on_the_cali
             for method in (SparseGPT, Wanda, Magnitude)
         ]
     assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("method", [Wanda, SparseGPT])
+def test_inputs_that_are_no_numbers_end_the_run(method):
+    """Nothing is lower than what is no number: all would be kept, and the row would be of the dense model."""
+    lm = language_model()
+    windows = Windows().calibration_windows(None, torch.Generator().manual_seed(0))
+    late = next(token for token in windows.flatten().tolist() if token not in windows[0, :TRIAL_TOKENS])
+    lm.module.get_input_embeddings().weight.data[late] = torch.inf
+    with pytest.raises(RunError, match=r"calibration inputs .* not finite.*float32"):
+        method(0.5).compress(lm, bench())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import artifact
 from harness.engines.transformers import TransformersEngine
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.method import Bench, LanguageModel, TrainingLog
 from harness.probes.footprint import analytic_kv_bytes_per_token
 from harness.progress import NoProgress
@@ -373,8 +373,6 @@ def test_transformers_loads_uneven_models_once_the_classes_are_there(uneven, tmp
 
 
 def test_a_configuration_that_names_no_architecture_is_refused():
-    from harness.errors import RunError
-
     with pytest.raises(RunError, match="lacks dense_model_type"):
         UnevenConfig.from_dict({"model_type": MODEL_TYPE})
 
@@ -585,14 +583,22 @@ def test_every_round_removes_its_part_and_all_make_the_whole():
     assert shapes[0] == shapes[1]
 
 
-def test_over_the_whole_model_the_same_number_goes_and_no_block_loses_all():
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_over_the_whole_model_the_same_number_goes_and_no_block_loses_all(rounds):
     widths = {}
     for scope in ("model", "block"):
-        done = LLMPruner(0.4, NONE, scope=scope).compress(language_model(), bench()).module
+        done = LLMPruner(0.4, NONE, scope=scope, rounds=rounds).compress(language_model(), bench()).module
         widths[scope] = [block.mlp.down_proj.in_features for block in done.model.layers]
     assert sum(widths["model"]) == sum(widths["block"])
     assert len(set(widths["model"])) > 1
     assert min(widths["model"]) > 0
+
+
+def test_importance_that_is_no_number_ends_the_run():
+    lm = language_model()
+    lm.module.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(RunError, match=r"layers\.0: importances .* not finite"):
+        LLMPruner(0.4, NONE).compress(lm, bench())
 
 
 def test_first_and_last_blocks_stay():
@@ -948,6 +954,16 @@ def test_gum_meets_its_share_and_learns(trained_folder, generated_corpus, tmp_pa
         held_out = generated_corpus.evaluation_tokens(lm.tokenizer)[:1024].view(16, 64)
         losses[importance] = float(done.engine.score(held_out).mean())
     assert all(loss < 5 for loss in losses.values())
+
+
+def test_gum_keeps_what_it_learned_of_a_model_that_came_in_bfloat16(tmp_path):
+    method = GUM(0.3, TrainingSettings(steps=2, learning_rate=1e-4), importance="random", watched_windows=0)
+    lm = language_model()
+    for parameter in lm.module.parameters():  # as a model is loaded: rotary frequencies stay exact
+        parameter.data = parameter.data.bfloat16()
+    done = method.compress(lm, bench(tmp_path)).module
+    weight = done.model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(weight, weight.bfloat16().to(weight.dtype))
 
 
 def test_gum_refuses_more_than_feed_forward_layers_hold():

@@ -72,6 +72,16 @@ def test_one_step_without_momentum_is_adam_by_hand(tmp_path):
     torch.testing.assert_close(moved[clear], -1e-3 * weight.grad[clear].sign(), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_come_in_16_bits_take_every_small_step(dtype, tmp_path):
+    """Steps below the last digit of bfloat16 would be lost: such a model is trained in float32 from where it is."""
+    settings = TrainingSettings(steps=4, learning_rate=1e-5, schedule="constant", warmup_share=0)
+    narrow, _ = trained(tmp_path / "a", settings, tiny_model("llama").to(dtype))
+    wide, _ = trained(tmp_path / "b", settings, tiny_model("llama").to(dtype).float())
+    for name, parameter in wide.named_parameters():
+        assert torch.equal(narrow.get_parameter(name), parameter), name
+
+
 def test_accumulated_windows_are_a_batch(tmp_path):
     one, _ = trained(tmp_path / "1", TrainingSettings(steps=3, learning_rate=1e-3, batch_size=2))
     two, _ = trained(tmp_path / "2", TrainingSettings(steps=3, learning_rate=1e-3, gradient_accumulation=2))
