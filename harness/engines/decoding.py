@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Counts:
     examined: int = 0  # guesses that were accepted or were the first to be rejected
     guess_seconds: float = 0.0  # where a clock was given
     check_seconds: float = 0.0
+    passes_with: Counter[int] = field(default_factory=Counter)  # how many passes checked so many guesses
 
     @property
     def acceptance(self) -> float:

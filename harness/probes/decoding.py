@@ -54,12 +54,10 @@ class DecodingGain:
             raise RunError(f"{context.corpus.evaluation_name} is too short for {self.passages} passages")
         prompts = [text[None, start : start + self.prompt_tokens] for start in range(0, self.passages * step, step)]
         plain = lm.engine.decoding_by(None)
+        for engine in (plain, lm.engine.decoding_by(decoding.counting(None))):
+            self._request(engine, prompts[0])  # warm-up
         counted = decoding.counting(None)
         guessing = lm.engine.decoding_by(counted)
-        for engine in (plain, guessing):
-            self._request(engine, prompts[0])  # warm-up
-        for counter in vars(counted.counts):
-            setattr(counted.counts, counter, 0)
         times, same = np.empty((len(prompts), 2)), []
         for index, prompt in enumerate(context.progress.track(prompts, "guessing and not", len(prompts))):
             order = ((0, plain), (1, guessing)) if index % 2 else ((1, guessing), (0, plain))

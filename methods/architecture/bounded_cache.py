@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from harness.errors import ConfigError
+from harness.engines.attention import attention_of
+from harness.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from harness.engines.transformers import TransformersEngine
 
 UNCHUNKED_MASKS = ("bloom",)  # their attention biases are made from a two-dimensional mask
+MASKLESS = ("flash_attention", "flex_attention")  # what their names begin with; they take masks of other kinds
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,11 @@ class BoundedLayer(DynamicLayer):
         """Position of the next token: its place in the text, or in the cache."""
         return self.seen if self.rotary is None else min(self.seen, self.capacity - 1)
 
+    @property
+    def holds_more(self) -> bool:
+        """Whether there are tokens that the next one may not read."""
+        return self.seen < self.rule.settled and not bool(self.allowed(1).all())
+
     def shifts(self, base: int, length: int) -> Tensor:
         """By how much kept tokens stand nearer to each of the next tokens than the text has them: [length].
 
@@ -258,9 +265,15 @@ class BoundedLayer(DynamicLayer):
         return self.base
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens (a negative number of them), which must have arrived at once."""
-        self.keys, self.values = (t[:, :, : t.shape[2] + tokens_to_remove] for t in (self.keys, self.values))
+        """Take back the newest tokens (a negative number of them), which must have arrived at once.
+
+        Kept ones among them lie apart from the others.
+        """
         self.seen += tokens_to_remove
+        kept = sum(place < self.seen for place in self.rule.kept)
+        window = self.keys.shape[2] + tokens_to_remove + self.kept_keys.shape[2] - kept
+        self.keys, self.values = self.keys[:, :, :window], self.values[:, :, :window]
+        self.kept_keys, self.kept_values = self.kept_keys[:, :, :kept], self.kept_values[:, :, :kept]
 
 
 def bounded_cache(
@@ -270,22 +283,37 @@ def bounded_cache(
     rules = rules_of(module.config, window, kept)
     tables = rotary_of(module, capacity + 2 * chunk) if capacity else [None] * len(rules)
     cache = Cache(layers=[BoundedLayer(rule, table, capacity) for rule, table in zip(rules, tables, strict=True)])
-    cache.on = module.device
+    cache.on, cache.attention, cache.dtype = module.device, attention_of(module), module.dtype
     return cache
 
 
 def reading(cache: Cache, length: int, kinds: list[str] | None) -> dict[str, Any]:
-    """Mask and positions for the next `length` tokens. A single token reads all that is there.
+    """Mask and positions for the next `length` tokens. A single token reads all that is there, once nothing is there
+    for the sake of a kept token to come, which reads more than others do.
 
     kinds: the kind of every layer, where a model has several and takes a mask for each.
     """
     base = cache.layers[0].base
     told: dict[str, Any] = {"position_ids": torch.arange(base, base + length, device=cache.on)[None]}
-    if length > 1 or any(cache.is_sliding):
+    if length > 1 or any(cache.is_sliding) or any(layer.holds_more for layer in cache.layers):
         firsts = dict(reversed(list(zip(kinds or [""] * len(cache.layers), cache.layers, strict=False))))
         masks = {kind: layer.allowed(length)[None, None].to(cache.on) for kind, layer in firsts.items()}
+        masks = {kind: as_taken(mask, cache.attention, cache.dtype) for kind, mask in masks.items()}
         told["attention_mask"] = masks if len(masks) > 1 else masks.popitem()[1]
     return told
+
+
+def as_taken(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """A mask, True where a token may read, in the form that an implementation of attention takes.
+
+    Raises RunError for one that takes no such mask.
+    """
+    if attention.startswith(MASKLESS):
+        raise RunError(f"{attention} attention takes no mask of a cache that forgets; choose sdpa or eager")
+    if attention != "eager":
+        return allowed
+    # added to the scores as it is: True and False would be 1 and 0
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def kinds_of(config: PreTrainedConfig) -> list[str] | None:

@@ -154,14 +154,16 @@ class Speculation:
         return Speculation(self.draft, self.drafts, Counts(), clock)
 
     def expected_speedup(self, counts: Counts, step_seconds: float) -> tuple[float, float]:
-        """Theorem 3.8 for the guesses that were made on average, with a check that costs one step; and as clocked."""
-        guesses = counts.guesses / max(counts.passes, 1)
-        cost = counts.guess_seconds / max(counts.guesses, 1) / step_seconds
-        check = counts.check_seconds / max(counts.passes, 1) / step_seconds
-        return (
-            expected_speedup(counts.acceptance, guesses, cost),
-            expected_speedup(counts.acceptance, guesses, cost, check),
-        )
+        """Theorem 3.8 with a check that costs one step, and with its cost as clocked.
+
+        Tokens are those of Equation 1 for the guesses of each pass: where some passes have none, as with prompt lookup,
+        those of the mean number of guesses would be too many.
+        """
+        passes = max(counts.passes, 1)
+        tokens = sum(n * expected_tokens(counts.acceptance, guesses) for guesses, n in counts.passes_with.items())
+        guessing = counts.guess_seconds / passes / step_seconds
+        check = counts.check_seconds / passes / step_seconds
+        return tokens / passes / (guessing + 1), tokens / passes / (guessing + check or 1)
 
     def generate(
         self,
@@ -224,6 +226,7 @@ class Speculation:
         self.counts.passes += 1
         self.counts.tokens += pace + 1
         self.counts.guesses += count
+        self.counts.passes_with[count] += 1
         self.counts.accepted += pace
         self.counts.examined += min(pace + 1, count)
         self.counts.guess_seconds += guess_seconds

@@ -65,8 +65,11 @@ class WindowedCache:
         return reading(cache, length, self.kinds)
 
     def slots(self, tokens: int, longest: int) -> int:
-        """No more than window and global tokens, whatever the length; reserved in one piece."""
-        return min(longest, self.window + len(self.kept))
+        """No more than window and global tokens, whatever the length; reserved in one piece.
+
+        A global token reads all before it, so that nothing is forgotten before the last of them has come.
+        """
+        return min(longest, max(self.window + len(self.kept), max(self.kept, default=-1) + 1))
 
     def as_dict(self) -> dict[str, Any]:
         """Arguments that make this kind again."""

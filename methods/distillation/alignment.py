@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # characters [from, to) of a text
 Soft = list[tuple[list[int], list[float]]]  # of each token: ids and their probabilities
 
-SPACES = "Ġ▁ "  # marks of a space in vocabularies
+SPACE = "▁"  # how vocabularies that are not of bytes write a space
+SPACES = f"Ġ{SPACE} "  # marks of a space in vocabularies
 ALIGNERS = ("offsets", "dtw")
 
 
@@ -112,11 +113,13 @@ def soft_targets(
     else:
         partners = by_offsets(spans_of_texts(pieces), spans)
     known = known or (lambda piece: one_token(tokenizer, piece))
+    # some tokenizers begin a text with a space that is not there: so do the alternatives of its first token
+    led = not text.startswith(" ") and bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(SPACE)
     found: Soft = []
-    for own, partner in zip(ids, partners, strict=True):
+    for place, (own, partner) in enumerate(zip(ids, partners, strict=True)):
         chances: dict[int, float] = {}
         for piece, score in (top[partner][1] if partner is not None else {}).items():
-            token = known(piece)
+            token = known(f" {piece.lstrip(' ')}" if led and place == 0 else piece)
             if token is not None:
                 chances.setdefault(token, exp(score))
         found.append((list(chances), list(chances.values())) if chances else ([own], [1.0]))
@@ -124,7 +127,14 @@ def soft_targets(
 
 
 def one_token(tokenizer: PreTrainedTokenizerBase, piece: str) -> int | None:
-    """The id of a text that is one token; None for a text of several."""
+    """The id of a text that is one token; None for a text of several.
+
+    A vocabulary that is not of bytes is looked up: its tokenizer would put a space before a text that has none.
+    """
+    missing = (None, tokenizer.unk_token_id)
+    if tokenizer.convert_tokens_to_ids(SPACE) not in missing:
+        token = tokenizer.convert_tokens_to_ids(piece.replace(" ", SPACE))
+        return None if token in missing else token
     ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     return ids[0] if len(ids) == 1 else None
 

@@ -9,6 +9,7 @@ and come from the student itself). Section 3.3: decoding searches line by line. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -176,11 +177,14 @@ def without_blank_lines(program: str) -> str:
 
 
 def written(outcome: Outcome) -> str:
-    """The value of a program as people write it: 18 and not 18.0, yes and not True."""
+    """The value of a program as people write it: 18 and not 18.0 or 1.8e+01, yes and not True."""
     value = outcome.value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float) or not math.isfinite(value):
+        return str(value)
+    text = f"{value:.10g}"
+    return text if "e" not in text else f"{value:.10f}".rstrip("0").rstrip(".")  # a reader of numbers knows no "e"
 
 
 def is_right(outcome: Outcome, problem: Problem) -> bool:

@@ -115,6 +115,7 @@ class Specializing:
             ((request, list(map(shortened, answers))) for request, answers in asked), self.problems.rule, bench
         )
         for _, samples in groupby(kept, key=lambda pair: pair[0].id):
+            answered = False
             for number, (problem, answer) in enumerate(samples):
                 soft = soft_targets(answer.top, answer.text, tokenizer, self.aligner, known) if answer.top else []
                 if soft is None:
@@ -123,7 +124,8 @@ class Specializing:
                 draw = Random(f"{seed}|{problem.id}|{number}")
                 reasoning = self._reasoning(problem, answer, soft)
                 yield from self._formats("reasoning", self.demonstration_reasoning, reasoning, problem, pool, draw)
-                if number == 0:
+                if not answered:
+                    answered = True
                     view = View(self.answer_prompt, self.answer_response).filled(problem.fields())
                     answer_alone = Lesson({"answer": view}, problem=problem.id)
                     yield from self._formats("answer", self.demonstration_answer, answer_alone, problem, pool, draw)

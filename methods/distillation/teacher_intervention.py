@@ -131,10 +131,10 @@ class Intervention:
         return [f"{CONCLUSION.strip()}{answer}" for answer in answers]
 
     def _confidence(self, lm: LanguageModel, prefix: str, problems: Sequence[Problem], own: Sequence[str]) -> Tensor:
-        """The probability that it gives its own words [N]; asked for only where the ranking needs it."""
+        """The probability of its own answers [N]; asked for only where the ranking needs it."""
         if self.ranking != "student_confidence":
             return torch.zeros(len(problems))
-        return self._probabilities(lm, [prefix + _asked(p) for p in problems], [text or " " for text in own])
+        return self._certainty(lm, [prefix + _asked(p) for p in problems], own)
 
     # ---- the teacher
 
@@ -168,13 +168,8 @@ class Intervention:
             return told, lambda: torch.ones(len(problems))
         prompts = [self.teacher_prompt.format(**problem.fields()) for problem in problems]
         texts = complete(teacher, prompts, self.new_tokens, ("\n",), self.batch, progress, "teacher")
-        parts = [text.partition(CONCLUSION) for text in texts]
-
-        def sure() -> Tensor:
-            read = [f"{prompt}{text}{CONCLUSION}" for prompt, (text, _, _) in zip(prompts, parts, strict=True)]
-            return self._probabilities(teacher, read, [answer or " " for _, _, answer in parts])
-
-        return [first_sentences(" ".join(text.split()), self.sentences) for text, _, _ in parts], sure
+        told = [first_sentences(" ".join(text.partition(CONCLUSION)[0].split()), self.sentences) for text in texts]
+        return told, lambda: self._certainty(teacher, prompts, texts)
 
     def _mental_model(
         self,
@@ -205,10 +200,22 @@ class Intervention:
             f"{self.simulation_prompt}{with_it}{_question(p)}\nExplanation: {text}\nAI answer:"
             for p, text in zip(problems, told, strict=True)
         ]
-        return self._probabilities(teacher, plain, gold), self._probabilities(teacher, helped, gold)
+        first = self.problems.rule.name != "number"  # of a label the first token, of a number all digits
+        return self._probabilities(teacher, plain, gold, first), self._probabilities(teacher, helped, gold, first)
 
-    def _probabilities(self, lm: LanguageModel, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """Mean probability of a text's tokens after its prompt [N] (Section 4.1: of a number's digits)."""
+    def _certainty(self, lm: LanguageModel, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """The probability of the answer that a text concludes with, after its own explanation [N]."""
+        parts = [text.partition(CONCLUSION) for text in texts]
+        read = [f"{prompt}{text}{CONCLUSION}" for prompt, (text, _, _) in zip(prompts, parts, strict=True)]
+        return self._probabilities(lm, read, [answer or " " for _, _, answer in parts])
+
+    def _probabilities(
+        self, lm: LanguageModel, prompts: Sequence[str], texts: Sequence[str], first: bool = False
+    ) -> Tensor:
+        """Mean probability of a text's tokens after its prompt [N] (Section 4.1: of a number's digits).
+
+        first: that of its first token alone.
+        """
         from harness.progress import NoProgress
 
         found = torch.zeros(len(prompts))
@@ -221,6 +228,11 @@ class Intervention:
             losses = lm.engine.score(padded([[*pairs[i][0], *pairs[i][1]] for i in some], left=False)[0])
             for row, index in enumerate(some):
                 start, end = len(pairs[index][0]) - 1, lengths[index] - 1
+                if first:  # of a byte's tokenizer, not the space before it
+                    start += next(
+                        (n for n, token in enumerate(pairs[index][1]) if lm.tokenizer.decode(token).strip()), 0
+                    )
+                    end = start + 1
                 found[index] = losses[row, start:end].neg().exp().mean()
         return found
 

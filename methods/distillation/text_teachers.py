@@ -28,6 +28,7 @@ from harness.decoding import complete_ids, encode
 from harness.errors import ConfigError, RunError
 from harness.json_lines import Broken, numbered_rows, pass_over
 from harness.problems import Problem
+from methods.distillation.alignment import SPACE
 from methods.distillation.sampling import distribution, draw
 
 if TYPE_CHECKING:
@@ -287,8 +288,15 @@ def _by_text(lm: LanguageModel, ids: Sequence[int], scores: Sequence[float]) -> 
     """Alternatives by their text; of two that read the same, the likelier."""
     found: dict[str, float] = {}
     for token, score in zip(ids, scores, strict=True):
-        found.setdefault(lm.tokenizer.decode([token]), score)
+        found.setdefault(text_of(lm.tokenizer, token), score)
     return found
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token reads, with the space that it begins with: some tokenizers leave it out at the start of a text."""
+    text = tokenizer.decode([token])
+    led = (tokenizer.convert_ids_to_tokens(token) or "").startswith(SPACE)
+    return f" {text}" if led and not text.startswith(" ") else text
 
 
 def _uniforms(samples: Sequence[Sample]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from methods.architecture.attention_sinks import AttentionSinks
 from methods.architecture.drafts import PromptLookup, TruncatedDraft
 from methods.architecture.paged_attention import PagedAttention
 from methods.architecture.speculative_decoding import SpeculativeDecoding
+from methods.architecture.windowed_attention import WindowedAttention
 
 TEXT = "one two three four, one two three four, five. " * 12
 BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
@@ -135,6 +136,9 @@ def test_slots_for_a_mixed_load_are_those_of_the_closed_forms(tmp_path):
     assert paged.value == pytest.approx((np.ceil(tokens / 16) * 16).sum() / tokens.sum())
     assert paged.value == pytest.approx(1 + 7.5 / tokens.mean(), rel=0.01)  # last blocks are half full on average
     assert "blocks of 16" in paged.note
+    for method in (PagedAttention(16), PagedAttention(128), WindowedAttention(8, 2, 16)):
+        slots, room = probe.measure(method.compress(language_model(), None), place)
+        assert room.value == pytest.approx(2**30 / (slots.value * tokens.mean() * BYTES))
     sinks, _ = probe.measure(AttentionSinks(4, 60, 16).compress(language_model(), None), place)
     assert sinks.value == pytest.approx(64 / tokens.mean())
 

@@ -22,7 +22,7 @@ from methods.distillation.alignment import (
     spans_of_texts,
     student_tokens,
 )
-from methods.distillation.text_teachers import pieces_of
+from methods.distillation.text_teachers import pieces_of, text_of
 
 TEXTS = [
     "The red cat near the river sees 3 + 4 = 7 birds.\n",
@@ -143,6 +143,36 @@ def test_the_same_tokenizer_keeps_all_that_is_reported():
         assert some[0] == own
         assert set(some) >= {one_token(tokenizer, "e"), one_token(tokenizer, " near")}
         assert sum(chances) == pytest.approx(1.0 if len(some) == 3 else 0.8)
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """A vocabulary that marks the space before a word, and puts one before every text (Llama 2, Mistral)."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"])
+    tokenizer.train_from_iterator(["ing inging. She is singing and ringing in the ring. ing!"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_word_and_its_like_inside_a_word_are_two_tokens():
+    tokenizer, text = spaced_tokenizer(), "She is ring."
+    inside, alone = tokenizer.convert_tokens_to_ids(["ing", "▁ing"])
+    assert inside != alone
+    assert text_of(tokenizer, inside) == "ing"
+    assert text_of(tokenizer, alone) == " ing"
+    assert one_token(tokenizer, "ing") == inside
+    assert one_token(tokenizer, " ing") == alone
+    assert one_token(tokenizer, "zq") is None
+    ids, spans = student_tokens(tokenizer, text)
+    for first in ("She", " She"):  # as a teacher of other tokens reports it, and as one of the same
+        pieces = [text[start:end] for start, end in spans]
+        top = [(piece, {piece: math.log(0.6), "ing": math.log(0.1), " ing": math.log(0.2)}) for piece in pieces]
+        top[0] = (pieces[0], {first: math.log(0.6)})
+        found = soft_targets(top, text, tokenizer)
+        assert found[0][0] == [ids[0]]
+        for own, (some, _) in zip(ids[1:], found[1:-1], strict=True):
+            assert some == list(dict.fromkeys([own, inside, alone]))
 
 
 def test_alternatives_that_the_student_has_no_token_for_are_dropped_and_not_made_up_for():

@@ -13,7 +13,7 @@ from harness.engines.transformers import TransformersEngine, held_bytes
 from harness.errors import ConfigError, RunError
 from harness.method import LanguageModel
 from methods.architecture.attention_sinks import AttentionSinks, SinkCache
-from methods.architecture.bounded_cache import BoundedLayer, Rotary, Rule, rotary_of
+from methods.architecture.bounded_cache import BoundedLayer, Rotary, Rule, as_taken, rotary_of
 from methods.architecture.drafts import PromptLookup
 from methods.architecture.speculative_decoding import Speculation
 from methods.architecture.windowed_attention import WindowedAttention, WindowedCache
@@ -96,6 +96,32 @@ def test_without_sinks_places_in_the_cache_are_an_ordinary_window(architecture):
     """Rotary embedding knows distances alone (the sinks' first test in the paper's own terms: window attention)."""
     sinks = applied(AttentionSinks(0, 9, 7), architecture).hidden(TOKENS)
     close(sinks, applied(WindowedAttention(9, 0, 7), architecture).hidden(TOKENS))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa_math", "tiled"])
+@pytest.mark.parametrize("method", [WindowedAttention(6, 2, 7), AttentionSinks(2, 6, 7)], ids=["window", "sinks"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_every_implementation_of_attention_reads_the_same(architecture, method, attention):
+    """Eager attention adds its mask to the scores: one of True and False would hide nothing."""
+    engine = applied(method, architecture)
+    expected = engine.hidden(TOKENS)
+    other = engine.on_hardware(attention, "plain")
+    close(other.hidden(TOKENS), expected)
+    close(one_by_one(other, TOKENS), expected)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_an_implementation_that_takes_no_mask_is_refused(attention):
+    with pytest.raises(RunError, match="takes no mask"):
+        as_taken(torch.ones(2, 2, dtype=torch.bool), attention, torch.float16)
+
+
+def test_what_is_there_for_a_global_token_to_come_is_not_read_before():
+    """Token 20 reads everything, so all stays until then; token 15 reads its window and token 0 all the same."""
+    engine = applied(WindowedAttention(6, [0, 20], 7), "llama")
+    expected = with_mask("llama", brute_force(40, 6, {0, 20}), TOKENS)
+    close(one_by_one(engine, TOKENS), expected)
+    close(engine.hidden(TOKENS), expected)
 
 
 def test_nothing_reads_the_future_and_influence_reaches_layers_times_window_minus_one():
@@ -230,6 +256,23 @@ def test_tokens_taken_back_leave_no_trace():
 
 
 @pytest.mark.parametrize(
+    ("method", "read"), [(WindowedAttention(6, [0, 9], 7), 8), (AttentionSinks(4, 6, 7), 1)], ids=["window", "sinks"]
+)
+def test_kept_tokens_are_taken_back_too(method, read):
+    """A guess may stand where a token is kept, in the middle of a text or right at its start."""
+    engine = applied(method, "llama")
+    cache, other = engine.new_cache(), engine.new_cache()
+    for each in (cache, other):
+        engine.read_body(TOKENS[:, :read], each)
+    engine.read_body(TOKENS[:, 20:24], cache)
+    cache.crop(-3)
+    engine.read_body(TOKENS[:, 20:21], other)
+    for part in TOKENS[:, 24:36].split(4, dim=1):
+        close(engine.read_body(part, cache), engine.read_body(part, other))
+    assert held_bytes(cache, torch.float32) == held_bytes(other, torch.float32)
+
+
+@pytest.mark.parametrize(
     "method", [WindowedAttention(6, [0, 3], 7), AttentionSinks(2, None, 7)], ids=["window", "sinks"]
 )
 def test_a_saved_model_comes_back_with_its_cache(method, trained, bench, tmp_path):
@@ -264,6 +307,7 @@ def test_what_cannot_be_is_refused(wrong, message):
 
 def test_places_in_memory_are_bounded():
     assert WindowedCache(100, 4).slots(5000, 8192) == 104
+    assert WindowedCache(100, [0, 999]).slots(5000, 8192) == 1000  # nothing is forgotten before token 999
     assert SinkCache(4, 100).slots(50, 60) == 60
 
 

@@ -131,6 +131,14 @@ def test_beginnings_are_closed(lines, program):
 def test_numbers_are_written_as_people_do():
     assert [written(Outcome("value", v)) for v in (18.0, 0.1 + 0.2, 7, "no")] == ["18", "0.3", "7", "no"]
     assert [written(Outcome("value", v)) for v in (True, False)] == ["yes", "no"]
+    large = [2e10, 123456789012.5, -3e11, 1e-5, float("inf")]  # "2e+10" reads as 2 and 10
+    assert [written(Outcome("value", v)) for v in large] == [
+        "20000000000",
+        "123456789012.5",
+        "-300000000000",
+        "0.00001",
+        "inf",
+    ]
     assert is_right(Outcome("value", True), made("Is it?", "yes"))
     assert not is_right(Outcome("error", None), made("Is it?", "None"))
 

@@ -156,6 +156,22 @@ def test_a_prefix_is_found_by_its_tokens_alone():
     assert Text(pool, []).adopt(tokens) == 0  # freed blocks hold nothing any more
 
 
+def test_a_block_that_is_written_again_is_not_found_by_what_it_held():
+    pool = BlockPool(4)
+    tokens = list(range(12))
+    first = Text(pool, [])
+    first.grow(12)
+    first.publish(tokens)
+    first.cut(6)
+    first.grow(3)
+    assert Text(pool, []).adopt(tokens) == 4
+    shared = Text(pool, [])
+    shared.adopt(tokens[:5])
+    first.cut(2)
+    first.grow(1)  # into a copy: the other one still holds what it held
+    assert Text(pool, []).adopt(tokens) == 4
+
+
 def test_waste_is_less_than_a_block_a_text_and_shared_blocks_count_once():
     pool = BlockPool(16)
     lengths = [1, 16, 17, 250, 31]

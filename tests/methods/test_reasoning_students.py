@@ -311,6 +311,18 @@ def test_several_samples_are_several_lessons_of_reasoning_and_one_of_the_answer(
     assert written.counts["zero_shot_answer"] == count
 
 
+def test_a_sample_that_cannot_be_aligned_takes_no_answer_with_it(trained, bench, train, monkeypatch):
+    teacher = Scripted(lambda request: [f" Way {n}. The answer is {request.problem.gold}." for n in range(2)])
+    made = iter([None, []] * len(train))  # of two samples the second can be aligned
+    monkeypatch.setattr("methods.distillation.specializing.soft_targets", lambda *_: next(made))
+    monkeypatch.setattr(
+        "methods.distillation.specializing.shortened", lambda answer: replace(answer, top=((answer.text, {}),))
+    )
+    lessons = lessons_of(system("specializing", teacher=teacher), trained, bench)
+    formats = [next(iter(lesson.views)) for lesson in lessons]
+    assert formats.count("zero_shot_reasoning") == formats.count("zero_shot_answer") == len(train)
+
+
 def test_formats_weigh_as_their_micro_batches_would(trained, bench):
     """A micro-batch holds one format: there are (lessons / rows) of each, and all count alike."""
     method = system("specializing", shots=1)  # four do not fit into a tiny model's context

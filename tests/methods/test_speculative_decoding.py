@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny_model, tiny_tokens
 
 from harness import artifact
+from harness.engines.decoding import Counts
 from harness.engines.transformers import TransformersEngine
 from harness.errors import ConfigError, RunError
 from harness.method import LanguageModel
@@ -245,6 +246,27 @@ def test_guessing_pays_when_acceptance_exceeds_cost():
     """The paper's Corollary 3.9: then at least by (1 + acceptance) / (1 + cost)."""
     assert expected_speedup(0.3, 1, 0.2) == pytest.approx(1.3 / 1.2)
     assert best_drafts(0.2, 0.3) == 0
+
+
+def test_theory_takes_each_pass_by_its_own_number_of_guesses():
+    """Half of the passes without a guess: the mean of two is not two guesses in each."""
+    counts = Counts(10, 0, 20, 5, 10, guess_seconds=2.0, check_seconds=15.0, passes_with=Counter({0: 5, 4: 5}))
+    tokens = (1 + expected_tokens(0.5, 4)) / 2
+    assert tokens < expected_tokens(0.5, 2)
+    expected = Speculation(PromptLookup(), 4).expected_speedup(counts, 1.0)
+    assert expected == pytest.approx((tokens / (0.2 + 1), tokens / (0.2 + 1.5)))
+    steady = replace(counts, passes_with=Counter({2: 10}))  # the same number in every pass: the theorem itself
+    assert Speculation(PromptLookup(), 2).expected_speedup(steady, 1.0)[0] == pytest.approx(
+        expected_speedup(0.5, 2, 0.1)
+    )
+
+
+def test_passes_are_counted_by_their_guesses():
+    decoding = Speculation(PromptLookup(), 3)
+    list(TransformersEngine(tiny_model("llama"), decoding=decoding).generate(PROMPT[:1], 24))
+    counts = decoding.counts
+    assert counts.passes_with.total() == counts.passes
+    assert sum(guesses * passes for guesses, passes in counts.passes_with.items()) == counts.guesses > 0
 
 
 # ----------------------------------------------------------------------------------------------------------- drafts

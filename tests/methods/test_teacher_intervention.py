@@ -11,6 +11,7 @@ from harness import artifact
 from harness.errors import ConfigError, RunError
 from harness.problems import ArithmeticProblems, made
 from harness.progress import NoProgress
+from harness.task_pools import LabelTasks
 from methods.distillation.interventions import RANKINGS
 from methods.distillation.teacher_intervention import BUDGET, Intervention, TeacherIntervention, first_sentences
 from tests.harness.tiny_models import language_model
@@ -78,10 +79,11 @@ def test_the_mental_model_s_prompts_differ_by_the_explanations(asked, monkeypatc
     monkeypatch.setattr(
         Intervention,
         "_probabilities",
-        lambda _self, _lm, prompts, texts: seen.append((prompts, texts)) or torch.zeros(5),
+        lambda _self, _lm, prompts, texts, first=False: seen.append((prompts, texts, first)) or torch.zeros(5),
     )
     DECODING.decode(student(0.4), asked, NoProgress())
-    (plain, gold), (helped, same_gold) = seen
+    (plain, gold, first), (helped, same_gold, _) = seen
+    assert not first  # of numbers all digits
     assert gold == same_gold == [f" {problem.gold}" for problem in asked]
     for problem, a, b in zip(asked, plain, helped, strict=True):
         assert "Explanation:" not in a
@@ -108,6 +110,32 @@ def test_probabilities_are_the_model_s_own():
         start = len(lm.tokenizer(prompt)["input_ids"])
         by_hand = [float(shares[place - 1]) for place in range(start, len(ids))]
         assert probability == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+def test_of_a_label_the_first_token_is_read():
+    """The rest of a word is nearly certain once it has begun: a long label would look more likely than a short one."""
+    lm = student()
+    ids = lm.tokenizer("Q: 1\nA: yes")["input_ids"]
+    shares = lm.engine.score(torch.tensor([ids]))[0].neg().exp()
+    found = DECODING._probabilities(lm, ["Q: 1\nA:"], [" yes"], first=True)
+    assert found.item() == pytest.approx(float(shares[-3]), rel=1e-4)  # the "y" of a tokenizer of bytes
+    labels = LabelTasks(train=12, test=5)
+    seen = []
+    method = replace(DECODING, problems=labels, explanation="{gold}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Intervention, "_probabilities", lambda *given, **_: seen.append(given[4:]) or torch.zeros(len(given[2]))
+        )
+        method.decode(student(0.4), list(labels.read("test")), NoProgress())
+    assert seen == [(True,), (True,)]
+
+
+def test_a_student_is_as_sure_as_of_its_answer(asked, monkeypatch):
+    """What it says before the answer is read, not counted."""
+    lm, seen = student(), []
+    monkeypatch.setattr(Intervention, "_probabilities", lambda _self, _lm, *given: seen.append(given) or torch.zeros(1))
+    replace(DECODING, ranking="student_confidence")._confidence(lm, "", asked[:1], [" One. So the answer is 7."])
+    assert seen == [([f"Q: {asked[0].question}\nA: One. So the answer is"], [" 7."])]
 
 
 @pytest.mark.parametrize(
