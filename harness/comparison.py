@@ -57,15 +57,12 @@ class Kept:
         return values, round(len(values) / len(np.unique(windows)))
 
     def answers(self, record: RunRecord, on: str) -> dict[int, bool] | None:
-        """Question → whether it was answered right."""
+        """Question → whether it was answered right, under this very protocol: examples, template, filter."""
         folder = self._folder(record)
-        task, chat = re.split(r"[ ,]", on, maxsplit=1)[0], "chat template" in on
         for file in sorted(folder.glob("tasks-*.parquet")) if folder else []:
-            if file.stem.endswith("-chat") != chat:
-                continue
-            table = self._table(record, file.name, ("task", "metric", "doc_id", "correct"))
+            table = self._table(record, file.name, ("on", "metric", "doc_id", "correct"))
             if table is not None:
-                chosen = (table[0] == task) & (table[1] == "accuracy")
+                chosen = (table[0] == on) & (table[1] == "accuracy")
                 if chosen.any():
                     return dict(zip(table[2][chosen].tolist(), table[3][chosen].astype(bool).tolist(), strict=True))
         return None

@@ -25,15 +25,17 @@ def arm(run, metric="perplexity", on=QUICK):
 def keep(tmp_path):
     """keep(run, losses=..., right=...) puts outcomes where a run would."""
 
-    def put(run, losses=None, right=None):
+    def put(run, losses=None, right=None, on=CLOZE):
         folder = tmp_path / run.samples
         folder.mkdir(parents=True, exist_ok=True)
         if losses is not None:
             window = np.repeat(np.arange(WINDOWS), WINDOW)
             pd.DataFrame({"window": window, "loss": losses}).to_parquet(folder / "perplexity-gptq-512.parquet")
         if right is not None:
-            rows = {"task": "wikipedia_cloze", "metric": "accuracy", "doc_id": range(len(right)), "correct": right}
-            pd.DataFrame(rows).to_parquet(folder / "tasks-wikipedia_cloze.parquet")
+            rows = [pd.DataFrame({"on": on, "doc_id": range(len(right)), "correct": right})]
+            file = folder / "tasks-wikipedia_cloze.parquet"
+            rows += [pd.read_parquet(file)] if file.exists() else []
+            pd.concat(rows).assign(metric="accuracy").to_parquet(file)
 
     return put
 
@@ -78,8 +80,26 @@ def test_questions_are_compared_one_by_one(keep, tmp_path):
     keep(other, right=worse)
     arms = arm(one, "accuracy", CLOZE), arm(other, "accuracy", CLOZE)
     assert Judge(Kept(tmp_path)).p_value(*arms) == pytest.approx(2 / 2**12)
+    (tmp_path / other.samples / "tasks-wikipedia_cloze.parquet").unlink()
     keep(other, right=right[:100])
     assert Judge(Kept(tmp_path)).p_value(*arms) == Judge().p_value(*arms), "other questions: the records alone"
+
+
+def test_one_task_judged_in_two_ways_is_tested_on_the_answers_of_each_way(keep, tmp_path):
+    """gsm8k reads an answer strictly and leniently: a column of its own for each, and outcomes in one file."""
+    strict, lenient = f"{CLOZE}, strict-match", f"{CLOZE}, flexible-extract"
+    one, other = record("gptq", 4), record("awq", 4)
+    for run in (one, other):
+        run.measurements.extend(Measurement("accuracy", 0.4, "share", on, "higher") for on in (strict, lenient))
+    right = np.tile([1, 0], 100)
+    worse = right.copy()
+    worse[:24:2] = 0
+    for run, lost in ((one, right), (other, worse)):
+        keep(run, right=right, on=lenient)
+        keep(run, right=lost, on=strict)
+    judge = Judge(Kept(tmp_path))
+    assert judge.p_value(arm(one, "accuracy", lenient), arm(other, "accuracy", lenient)) == 1.0
+    assert judge.p_value(arm(one, "accuracy", strict), arm(other, "accuracy", strict)) == pytest.approx(2 / 2**12)
 
 
 def test_the_exact_test_in_a_note_counts_against_dense():
