@@ -55,7 +55,7 @@ def test_one_percent_of_perplexity_is_found_where_tokens_were_kept_and_not_where
 
 
 def test_rows_without_any_effect_are_told_from_dense_as_rarely_as_stated():
-    """Ten equal rows of sixteen windows beside dense, many times: in about 5 of 100 tables any is wrongly told apart."""
+    """Ten equal rows of sixteen windows, many times: in about 5 of 100 tables any is wrongly told from dense."""
     rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(200):
