@@ -95,12 +95,16 @@ def counter_of(*devices: torch.device, powercap: Path = POWERCAP) -> Counter | N
 
 
 class RaplCounter:
-    """Intel's and AMD's running average power limit: one counter a package, in microjoules, that wraps around."""
+    """Intel's and AMD's running average power limit: one counter a package, in microjoules, that wraps around.
+
+    Beside the packages some machines count "psys": all of the board, packages included, which must not come on top.
+    """
 
     name = "RAPL packages"
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self.packages = sorted(powercap.glob("intel-rapl:[0-9]"))
+        zones = sorted(powercap.glob("intel-rapl:[0-9]"))
+        self.packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
         if not self.packages:
             raise OSError(f"no packages in {powercap}")
 

@@ -9,9 +9,10 @@ from harness.probes import energy
 from harness.probes.energy import Energy, RaplCounter, counter_of
 
 
-def package(folder, number: int, microjoules: int, most: int = 999_999):
+def package(folder, number: int, microjoules: int, most: int = 999_999, name: str = "package"):
     path = folder / f"intel-rapl:{number}"
     path.mkdir(parents=True, exist_ok=True)
+    (path / "name").write_text(f"{name}-{number}\n")
     (path / "energy_uj").write_text(f"{microjoules}\n")
     (path / "max_energy_range_uj").write_text(f"{most}\n")
 
@@ -19,11 +20,13 @@ def package(folder, number: int, microjoules: int, most: int = 999_999):
 def test_packages_add_up_and_a_counter_may_wrap_around(tmp_path):
     package(tmp_path, 0, 500_000)
     package(tmp_path, 1, 900_000)
+    package(tmp_path, 2, 500_000, name="psys")  # the whole board, both packages in it
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of package 0, which already counts it
     counter = RaplCounter(tmp_path)
     counter.start()
     package(tmp_path, 0, 750_000)
     package(tmp_path, 1, 100_000)
+    package(tmp_path, 2, 750_000, name="psys")
     assert counter.joules() == pytest.approx(0.25 + 0.2)
 
 
