@@ -473,7 +473,8 @@ def _measure(
                 say(f"  {stage}: already done")
             measurements += found
         if is_dense(config):
-            measurements = sanity.check_anchors(measurements, parts.model.anchors)
+            excerpts = [f"{p.name}, {p.windows} windows" for p in parts.probes if getattr(p, "windows", None)]
+            measurements = sanity.check_anchors(measurements, parts.model.anchors, excerpts)
         elif reference and reference.record:
             seconds = report["cost"]["compress_seconds"]
             measurements += sanity.break_even(seconds, measurements, reference.record.measurements)
