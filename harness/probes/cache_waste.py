@@ -65,8 +65,8 @@ class CacheWaste:
             note += f"; blocks of {grain} half full at the end: {closed:.3f}"
         yield Measurement("cache_slots_per_token", float(slots.sum() / tokens.sum()), "slots", on, "lower", note=note)
         dtype = context.hardware.resolved_decoding_dtype()
-        sample = min(self.longest, 64)
-        per_slot = lm.engine.kv_cache_bytes(getattr(torch, dtype), sample) / max(sample, 1)
+        # of one token, which takes a whole block where there are blocks
+        per_slot = lm.engine.kv_cache_bytes(getattr(torch, dtype), 1) / lm.engine.slots(1, 1)
         yield Measurement(
             "sequences_per_gibibyte",
             GIBIBYTE / (slots.mean() * per_slot),

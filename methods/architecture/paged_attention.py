@@ -65,7 +65,7 @@ class BlockPool:
         else:
             raise RunError(f"all {self.limit} blocks of {self.block_tokens} tokens are in use; finish a sequence first")
         self.holders[block] = 1
-        self._forget(block)
+        self.forget(block)
         return block
 
     def share(self, block: int) -> int:
@@ -78,16 +78,17 @@ class BlockPool:
         self.holders[block] -= 1
         if self.holders[block] == 0:
             self._free.append(block)
-            self._forget(block)
+            self.forget(block)
 
     def name_content(self, block: int, tokens: tuple) -> None:
         """Say what a full block holds: all tokens from the start of the text to its end, so that others may find it."""
-        self._forget(block)
+        self.forget(block)
         if tokens not in self.known:
             self.known[tokens] = block
             self._content[block] = tokens
 
-    def _forget(self, block: int) -> None:
+    def forget(self, block: int) -> None:
+        """Nobody finds this block by its tokens any more."""
         tokens = self._content.pop(block, None)
         if tokens is not None:
             del self.known[tokens]
@@ -119,6 +120,8 @@ class Text:
             self.table[-1] = self.pool.take()
             self.pool.release(old)
             copies.append((old, self.table[-1]))
+        elif tokens > 0 and self.length % size > 0:
+            self.pool.forget(self.table[-1])  # a cut left it half full: others must not find what it held
         self.table += [self.pool.take() for _ in range(needed)]
         self.length += tokens
         return copies
