@@ -57,6 +57,7 @@ DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
+VERSIONS = "versions.json"
 OTHERS_STATISTICS = "another run had gathered the statistics, and its peak is theirs"
 UNTIMED = "not timed yet; the same command without timing=later times it and writes the record"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
@@ -327,7 +328,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         if isinstance(value, dict):
             kept[key] = _by_content(value)
-        elif (key == "path" or key.endswith("_path")) and value and Path(value).exists():
+        elif (key in ("path", "data") or key.endswith("_path")) and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
         elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value
@@ -452,7 +453,10 @@ def _measure(
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record = replace(record, **report.get("layers", {}))
         record.environment.update(report["origin"])
+        if report.get("versions", record.environment["versions"]) != record.environment["versions"]:
+            record.environment["versions_compressing"] = report["versions"]  # kept from before an upgrade
         measurements += _cost_measurements(report["cost"])
+        _forget_other_versions(kept, record.environment, say)
         folders = {"samples": str(samples), "kept": str(kept)}
         folders["reference"] = str(paths.results / reference.record.samples) if reference and reference.record else None
         for stage in measured:
@@ -484,6 +488,16 @@ def _measure(
     finally:
         reading.close()
     return replace(record, status="finished", measurements=measurements, finished=_now())
+
+
+def _forget_other_versions(kept: Path, made_with: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Forget what probes kept that ran with other packages: a record is of one set of versions, which it names."""
+    file = kept / VERSIONS
+    now = {key: made_with[key] for key in ("versions", "engine_versions") if key in made_with}
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+        say("  what was measured before is of other versions of packages, and measured again")
+        shutil.rmtree(kept)
+    write_json_atomically(now, file)
 
 
 @contextmanager
@@ -609,6 +623,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
             "sha256": artifacts.sha256(folder, hashes),
         },
         "files": hashes,
+        "versions": environment.versions(),
         "origin": {
             "model_origin": origin,
             "text": provenance,
