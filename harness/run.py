@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harness import claims, environment, launching, sanity, stages
-from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
+from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default, places_of
 from harness.errors import ConfigError, RunError
 from harness.evaluation import kept_measurements
 from harness.records import (
@@ -462,7 +462,8 @@ def _measure(
         for stage in measured:
             found = kept_measurements(parts.probes, stage, kept)
             if found is None:
-                with _alone_on_the_devices(parts.hardware, paths, say) if stage == "time" else nullcontext():
+                places = places_of(parts.engine, parts.hardware)
+                with _alone_on_the_devices(places, paths, say) if stage == "time" else nullcontext():
                     result = stages.run_stage(
                         stage,
                         evaluate,
@@ -501,10 +502,10 @@ def _forget_other_versions(kept: Path, made_with: dict[str, Any], say: Callable[
 
 
 @contextmanager
-def _alone_on_the_devices(hardware: environment.Hardware, paths: Paths, say: Callable[[str], None]) -> Iterator[None]:
+def _alone_on_the_devices(places: Sequence[str], paths: Paths, say: Callable[[str], None]) -> Iterator[None]:
     """Held by one run at a time of all that share this results folder and one of these devices."""
     with ExitStack() as held:
-        for device in sorted(launching.own_device(place) for place in hardware.places):  # all in one order
+        for device in sorted(launching.own_device(place) for place in places):  # all in one order
             name = _safe(f"timing-{socket.gethostname()}-{device}")
             held.enter_context(claims.claimed(paths.scratch / "claims" / name, say, f"time on {device}"))
         yield

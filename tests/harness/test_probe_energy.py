@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import context, language_model
@@ -65,6 +67,19 @@ def test_energy_per_token_is_the_power_times_the_time_a_token_takes(tmp_path, mo
     probe = Energy(batch=2, prompt_tokens=4, new_tokens=8, seconds=10, clock=lambda: now[0])
     found = list(probe.measure(lm, context(tmp_path)))
     assert found[0].value == pytest.approx(20 * 0.5 / 2)
+
+
+def test_all_gpus_that_share_the_layers_are_counted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(energy, "counter_of", lambda *devices: asked.extend(map(str, devices)))
+    lm = language_model()
+    where = context(tmp_path)
+    where = replace(where, hardware=replace(where.hardware, device="cuda"))
+    for several, expected in ((1, ["cuda"]), (2, ["cuda:0", "cuda:1"])):
+        lm.engine.tensor_parallel = several
+        list(Energy().measure(lm, where))
+        assert asked == expected
+        asked.clear()
 
 
 def test_impossible_workloads_are_refused():
