@@ -159,6 +159,13 @@ def test_guessing_is_counted_and_agrees(tmp_path, draft):
     assert low <= found["decoding_speedup"].value <= high
 
 
+def test_where_no_guess_was_made_none_has_a_share(tmp_path):
+    lm = SpeculativeDecoding(PromptLookup(40, 40), 3).compress(language_model(), None)  # nothing stands there twice
+    found = {m.metric: m for m in DecodingGain(2, 32, 8).measure(lm, context(tmp_path, TEXT))}
+    assert found["guess_acceptance"].value is None
+    assert found["guess_acceptance"].note.startswith("0 guesses")
+
+
 def test_the_gain_is_the_ratio_of_times(tmp_path):
     """A clock that moves 1 s a pass: as many times faster as there are fewer passes."""
     lm = SpeculativeDecoding(PromptLookup(), 3).compress(language_model(), None)
