@@ -76,6 +76,15 @@ def test_exponents_are_slopes_of_logarithms():
     assert list(_exponent("x", {(1, 8): 1.0, (2, 16): 1.0})) == []
 
 
+def test_the_interval_of_a_mean_is_not_that_of_the_median():
+    """One slow step in eight moves the mean beyond all others, and so beyond the middle of them."""
+    stamps = np.cumsum([0.0, 0.5, *[0.010] * 15, 0.040])
+    probe = ContextCost([8], 16)
+    found = {m.metric: m for m in probe._measurements(stamps, None, 0, "here", "")}["context_output_token_ms"]
+    assert found.value == pytest.approx(1000 * (15 * 0.010 + 0.040) / 16)
+    assert found.interval[0] < found.value < found.interval[1]
+
+
 def test_batches_and_contexts_that_do_not_fit_say_so_with_bytes_that_were_computed(tmp_path, monkeypatch):
     place = context(tmp_path, decoding_dtype="float32")
     monkeypatch.setattr("harness.probes.context.MARGIN_BYTES", 0)
