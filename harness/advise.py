@@ -14,18 +14,20 @@ from __future__ import annotations
 import signal
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import markup
+from harness.columns import batch_of
 from harness.command import single_command
 from harness.comparison import is_dense
 from harness.errors import ConfigError
 from harness.frontier import beaten_by, frontier
 from harness.noise_floor import NoiseFloors, read_floors
 from harness.options import RESULTS
-from harness.records import Better, Measurement, RunRecord
+from harness.records import Better, RunRecord
 from harness.rows import describe, in_print_order, machine_in_words, row_labels
 from harness.sanity import break_even_tokens
 from harness.tables import (
@@ -39,6 +41,7 @@ from harness.wheels import default_cache
 
 WIDEST = 100  # of the output, whatever the terminal allows
 GIB = 2**-30
+OF_COMPRESSING = ("compress_seconds", "peak_compress_bytes")  # say on what a method read, which is its own affair
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ class Criterion:
         """A limit as it was typed."""
         return f"{100 * limit:g} %" if self.percent else f"{limit:g}"
 
-    def of(self, record: RunRecord, batch: int | None, floors: NoiseFloors) -> Number | None:
-        """The record's number; None where it was not measured."""
-        found = self._measurement(record, batch)
+    def of(self, record: RunRecord, on: str | None, floors: NoiseFloors) -> Number | None:
+        """The record's number under this protocol or workload (None: any); None where it was not measured."""
+        found = record.find(self.metric, on)
         if found is None or found.value is None:
             return None if self.dense is None or not is_dense(record) else Number(self.dense, self.dense, self.dense)
         ends = [self.read(end) for end in (found.interval or (found.value, found.value))]
@@ -88,11 +91,19 @@ class Criterion:
         noise = max(floors.relative(record, found.metric, found.on) or 0.0, self.equal) * abs(value)
         return Number(value, min(*ends, value - noise), max(*ends, value + noise))
 
-    def _measurement(self, record: RunRecord, batch: int | None) -> Measurement | None:
-        timed = [m for m in record.measurements if m.metric == self.metric]
-        if batch is not None and any(m.on.startswith("batch ") for m in timed):
-            timed = [m for m in timed if m.on.startswith(f"batch {batch},")]
-        return next(iter(timed), None)
+    def workload(self, records: Sequence[RunRecord], batch: int | None) -> str | None:
+        """The protocol or workload that rows are compared on: what most of them have, of several the smallest batch's.
+
+        None where any will do: what compressing took. A workload that none has where none has this batch size.
+        """
+        if self.metric in OF_COMPRESSING:
+            return None
+        found = Counter(
+            m.on for r in records for m in r.measurements if m.metric == self.metric and m.value is not None
+        )
+        if batch is not None and any(on.startswith("batch ") for on in found):
+            found = {on: count for on, count in found.items() if on.startswith(f"batch {batch},")}
+        return max(found, key=lambda on: (found[on], -batch_of(on)), default="")
 
 
 def _share(value: float) -> str:
@@ -185,7 +196,8 @@ def advise(
     floors = floors or NoiseFloors()
     labels = row_labels(records)
     ordered = in_print_order(records)
-    numbers = {r.id: {name: c.of(r, batch, floors) for name, c in CRITERIA.items()} for r in ordered}
+    workloads = {name: c.workload(ordered, batch) for name, c in CRITERIA.items()}
+    numbers = {r.id: {name: c.of(r, workloads[name], floors) for name, c in CRITERIA.items()} for r in ordered}
     counts = _counts(ordered, numbers, bounds)
     standing, out = [], []
     for record in ordered:
@@ -350,14 +362,8 @@ def _called(candidate: Candidate) -> str:
 
 def _protocol(records: Sequence[RunRecord], batch: int | None) -> str:
     """What the numbers are measured on."""
-    parts = []
-    for metric in ("perplexity", "accuracy", "decode_tokens_per_second"):
-        found = [m.on for r in records for m in r.measurements if m.metric == metric]
-        if metric == "decode_tokens_per_second" and batch is not None:
-            found = [on for on in found if on.startswith(f"batch {batch},")]
-        if found:
-            parts.append(markup.plain(found[0]))
-    return "; ".join(parts)
+    workloads = [CRITERIA[name].workload(records, batch) for name in ("perplexity", "accuracy", "tokens_per_second")]
+    return "; ".join(markup.plain(on) for on in workloads if on)
 
 
 # ---------------------------------------------------------------------------------------------- practical questions
@@ -410,10 +416,11 @@ def _kernel(record: RunRecord) -> str:
 def _paid_back(records: Sequence[RunRecord], dense: RunRecord | None, batch: int | None) -> str:
     """Tokens until the seconds of compressing are saved again, over the rows of one method."""
     token = CRITERIA["token_ms"]
-    reference = None if dense is None else token._measurement(dense, batch)
+    on = token.workload([*records, *([] if dense is None else [dense])], batch)
+    reference = None if dense is None else dense.find(token.metric, on)
     found, never, timed = [], 0, 0
     for record in records:
-        own = token._measurement(record, batch)
+        own = record.find(token.metric, on)
         seconds = record.value("compress_seconds")
         if own is None or reference is None or seconds is None:
             continue
@@ -621,7 +628,11 @@ def _usable(
         lacking = [
             CRITERIA[name].words
             for name in bounds
-            if all(CRITERIA[name].of(r, batch, floors) is None for r in block if not is_dense(r))
+            if all(
+                CRITERIA[name].of(r, CRITERIA[name].workload(block, batch), floors) is None
+                for r in block
+                if not is_dense(r)
+            )
         ]
         if lacking:
             title = f"{block[0].model}, {machine_in_words(block[0])}, {_protocol(block, batch)}"

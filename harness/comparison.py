@@ -57,15 +57,12 @@ class Kept:
         return values, round(len(values) / len(np.unique(windows)))
 
     def answers(self, record: RunRecord, on: str) -> dict[int, bool] | None:
-        """Question → whether it was answered right."""
+        """Question → whether it was answered right, under this very protocol: examples, template, filter."""
         folder = self._folder(record)
-        task, chat = re.split(r"[ ,]", on, maxsplit=1)[0], "chat template" in on
         for file in sorted(folder.glob("tasks-*.parquet")) if folder else []:
-            if file.stem.endswith("-chat") != chat:
-                continue
-            table = self._table(record, file.name, ("task", "metric", "doc_id", "correct"))
+            table = self._table(record, file.name, ("on", "metric", "doc_id", "correct"))
             if table is not None:
-                chosen = (table[0] == task) & (table[1] == "accuracy")
+                chosen = (table[0] == on) & (table[1] == "accuracy")
                 if chosen.any():
                     return dict(zip(table[2][chosen].tolist(), table[3][chosen].astype(bool).tolist(), strict=True))
         return None
@@ -136,8 +133,10 @@ class Judge:
         return found
 
     def _against_dense(self, row: Arm, dense: Arm | None) -> float | None:
+        if dense is not None and (row[1].metric not in TO_DENSE or self._below_the_floor(row, dense)):
+            return self.p_value(row, dense)
         if row[1].metric not in TO_DENSE:
-            return None if dense is None else self.p_value(row, dense)
+            return None
         found = self._from_differences_to_dense(row, None)  # made from the outcomes when they were fresh
         if found is not None:
             self.tests.add("paired differences from dense")
@@ -163,7 +162,7 @@ class Judge:
                 return exact
             difference += sign * compared.difference
             variance += compared.variance
-        return _p_of_difference(difference, variance)
+        return _p_of_difference(difference, variance, on)
 
     def _below_the_floor(self, one: Arm, other: Arm) -> bool:
         if not self.floors.floors:
@@ -235,14 +234,21 @@ def _from_intervals(ours: Measurement, theirs: Measurement) -> float | None:
         return None
     spans = [_scaled(m.interval[1], m.metric) - _scaled(m.interval[0], m.metric) for m in (ours, theirs)]
     variance = sum((span / (2 * statistics.Z_95)) ** 2 for span in spans)
-    return _p_of_difference(_scaled(ours.value, ours.metric) - _scaled(theirs.value, ours.metric), variance)
+    return _p_of_difference(_scaled(ours.value, ours.metric) - _scaled(theirs.value, ours.metric), variance, ours.on)
 
 
 def _scaled(value: float, metric: str) -> float:
     return log(value) if metric in RATIOS else value
 
 
-def _p_of_difference(difference: float, variance: float) -> float:
+def _p_of_difference(difference: float, variance: float, on: str) -> float:
+    """Of a difference whose variance was read off intervals. Those of windows are spreads of bootstrap resamples: of
+    few windows too narrow, and Student's t away from the normal distribution, as in `statistics.paired_p_value`.
+    """
     if variance <= 0:
         return float(difference == 0)
-    return statistics.two_sided(difference / sqrt(variance))
+    found = re.search(r", (\d+) windows$", on)
+    if found is None:
+        return statistics.two_sided(difference / sqrt(variance))
+    windows = max(2, int(found[1]))
+    return statistics.student_two_sided(difference / sqrt(variance * windows / (windows - 1)), windows - 1)

@@ -283,7 +283,7 @@ def _svamp(row: dict[str, Any]) -> Problem:
     stated = row.get("answer", row.get("Answer", value))
     if stated is None:
         raise ValueError(f"the equation {equation!r} has no value")
-    gold = f"{float(stated):g}"
+    gold = f"{float(stated):.12g}"
     equation = " ".join(equation.split())
     return made(question.strip(), gold, equation=equation, program=f"answer = {equation}")
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harness import claims, environment, launching, sanity, stages
-from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default
+from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default, places_of
 from harness.errors import ConfigError, RunError
 from harness.evaluation import kept_measurements
 from harness.records import (
@@ -57,6 +57,7 @@ DIGEST_LENGTH = 12
 PROTOCOL = 1  # raised when the same configuration would give other numbers than before, so that none is reused
 LONGEST_NAME = 180  # bytes; file systems hold 255, and names of drafts are longer
 STAGE_REPORT = "stage.json"
+VERSIONS = "versions.json"
 OTHERS_STATISTICS = "another run had gathered the statistics, and its peak is theirs"
 UNTIMED = "not timed yet; the same command without timing=later times it and writes the record"
 _WAY_OUT = "finished work is kept; free space, or put results elsewhere with paths.results=DIR, and run again"
@@ -329,7 +330,7 @@ def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         if isinstance(value, dict):
             kept[key] = _by_content(value)
-        elif (key == "path" or key.endswith("_path")) and value and Path(value).exists():
+        elif (key in ("path", "data") or key.endswith("_path")) and value and Path(value).exists():
             kept[key] = _file_state(Path(value))
         elif key not in ("cache", "note", "anchors"):  # none of them changes a number
             kept[key] = value
@@ -454,13 +455,17 @@ def _measure(
         record = replace(record, cost=report["cost"], artifact=report["artifact"], curves=report["curves"])
         record = replace(record, **report.get("layers", {}))
         record.environment.update(report["origin"])
+        if report.get("versions", record.environment["versions"]) != record.environment["versions"]:
+            record.environment["versions_compressing"] = report["versions"]  # kept from before an upgrade
         measurements += _cost_measurements(report["cost"])
+        _forget_other_versions(kept, record.environment, say)
         folders = {"samples": str(samples), "kept": str(kept)}
         folders["reference"] = str(paths.results / reference.record.samples) if reference and reference.record else None
         for stage in measured:
             found = kept_measurements(parts.probes, stage, kept)
             if found is None:
-                with _alone_on_the_devices(parts.hardware, paths, say) if stage == "time" else nullcontext():
+                places = places_of(parts.engine, parts.hardware)
+                with _alone_on_the_devices(places, paths, say) if stage == "time" else nullcontext():
                     result = stages.run_stage(
                         stage,
                         evaluate,
@@ -475,7 +480,8 @@ def _measure(
                 say(f"  {stage}: already done")
             measurements += found
         if is_dense(config):
-            measurements = sanity.check_anchors(measurements, parts.model.anchors)
+            excerpts = [f"{p.name}, {p.windows} windows" for p in parts.probes if getattr(p, "windows", None)]
+            measurements = sanity.check_anchors(measurements, parts.model.anchors, excerpts)
         elif reference and reference.record:
             seconds = report["cost"]["compress_seconds"]
             measurements += sanity.break_even(seconds, measurements, reference.record.measurements)
@@ -487,11 +493,21 @@ def _measure(
     return replace(record, status="finished", measurements=measurements, finished=_now())
 
 
+def _forget_other_versions(kept: Path, made_with: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Forget what probes kept that ran with other packages: a record is of one set of versions, which it names."""
+    file = kept / VERSIONS
+    now = {key: made_with[key] for key in ("versions", "engine_versions") if key in made_with}
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+        say("  what was measured before is of other versions of packages, and measured again")
+        shutil.rmtree(kept)
+    write_json_atomically(now, file)
+
+
 @contextmanager
-def _alone_on_the_devices(hardware: environment.Hardware, paths: Paths, say: Callable[[str], None]) -> Iterator[None]:
+def _alone_on_the_devices(places: Sequence[str], paths: Paths, say: Callable[[str], None]) -> Iterator[None]:
     """Held by one run at a time of all that share this results folder and one of these devices."""
     with ExitStack() as held:
-        for device in sorted(launching.own_device(place) for place in hardware.places):  # all in one order
+        for device in sorted(launching.own_device(place) for place in places):  # all in one order
             name = _safe(f"timing-{socket.gethostname()}-{device}")
             held.enter_context(claims.claimed(paths.scratch / "claims" / name, say, f"time on {device}"))
         yield
@@ -610,6 +626,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
             "sha256": artifacts.sha256(folder, hashes),
         },
         "files": hashes,
+        "versions": environment.versions(),
         "origin": {
             "model_origin": origin,
             "text": provenance,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import ConfigError
 from harness.records import Measurement, RunRecord, read_record, write_bytes_atomically
+from harness.rows import hardware_name, machine_in_words
 from harness.taxonomy import SYSTEMS
 
 if TYPE_CHECKING:
@@ -52,22 +53,23 @@ def points_of(
 ) -> tuple[list[Point], list[Point], str, list[str]]:
     """Points of the data types, points of dense models, the protocol they share, and the protocols left out.
 
-    Only one protocol is drawn, `on` or the one that most runs have: numbers of two do not compare.
+    Only one protocol on one machine is drawn, `on` or the one that most runs have: numbers of two do not compare.
     """
     wanted = [r for r in records if r.status == "finished" and (_is_type(r) or r.card.get("name") == "dense")]
     found = [(r, m) for r in wanted if (m := r.find(metric, on)) is not None and m.value is not None]
     if metric != "perplexity":
         found = [(r, m) for r, m in found if r.card.get("name") != "dense"]
-    common = Counter(m.on for r, m in found if _is_type(r))
+    common = Counter((m.on, _machine(r)) for r, m in found if _is_type(r))
     if not common:
         raise ConfigError(
             f"no finished run of a data type has {metric}; run: python -m harness experiment=bits_scaling"
         )
-    protocol, *others = [on for on, _ in common.most_common()]
-    drawn = [(r, m) for r, m in found if m.on == protocol]
+    (protocol, machine), *others = [setting for setting, _ in common.most_common()]
+    drawn = [(r, m) for r, m in found if (m.on, _machine(r)) == (protocol, machine)]
     types = [_point(r, m) for r, m in drawn if _is_type(r)]
     dense = [_point(r, m) for r, m in drawn if not _is_type(r)]
-    return types, dense, protocol, others
+    left_out = [on if where == machine else f"{on} ({where})" for on, where in others]
+    return types, dense, protocol, left_out
 
 
 def draw(types: Sequence[Point], dense: Sequence[Point], metric: str, protocol: str) -> Figure:
@@ -133,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(f"drawn: {len(types)} runs, {protocol}")
     for on in others:
-        print(f"left out, another protocol: {on}", file=sys.stderr)
+        print(f"left out, another protocol or machine: {on}", file=sys.stderr)
     return 0
 
 
@@ -155,6 +157,10 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
     if options.get("metric", "perplexity") not in METRICS:
         raise ConfigError(f"metric={options['metric']}: choose one of {', '.join(METRICS)}")
     return options
+
+
+def _machine(record: RunRecord) -> str:
+    return f"{hardware_name(record)}, {machine_in_words(record)}"
 
 
 def _is_type(record: RunRecord) -> bool:

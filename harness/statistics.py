@@ -128,6 +128,17 @@ def median_interval(values: ArrayLike) -> Interval | None:
     return (float(ordered[k - 1]), float(ordered[-k])) if k else None
 
 
+def student_interval(values: ArrayLike) -> Interval | None:
+    """Interval of the mean of values that do not depend on each other, by Student's t; None for fewer than 2."""
+    import numpy as np
+
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    mean, half = values.mean(), student_quantile(len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
+    return float(mean - half), float(mean + half)
+
+
 def relative_half_width(centre: float, interval: Interval | None) -> float:
     """Half the width of an interval as a share of its centre; infinite where there is no interval."""
     if interval is None or centre == 0:

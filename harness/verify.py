@@ -35,7 +35,7 @@ COMPRESS_RELATIVE = 0.30
 SPEED_SUFFIXES = ("_ms", "_per_second", "_seconds")
 # A quotient of a time and a difference of times: its noise has no bound where the two are close.
 DERIVED = ("break_even_requests",)
-SPEED_WORDS = ("roofline", "bandwidth")
+SPEED_WORDS = ("roofline", "bandwidth", "speedup", "energy", "exponent")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _tolerance(metric: str, unit: str, old: Measurement | None, new: Measurement
         if noise > SPEED_RELATIVE * size:
             return noise, "95 % interval"
         return SPEED_RELATIVE * size, f"{SPEED_RELATIVE:.0%} of speed"
-    if metric.startswith("peak_"):
+    if "peak" in metric:
         if MEMORY_PEAK_RELATIVE * size < MEMORY_PEAK_BYTES:
             return MEMORY_PEAK_BYTES, "pages of the allocator"
         return MEMORY_PEAK_RELATIVE * size, f"{MEMORY_PEAK_RELATIVE:.0%} of peak memory"

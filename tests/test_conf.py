@@ -292,6 +292,18 @@ def test_a_student_that_is_quantized_is_still_asked_as_it_was_taught():
     assert run.build(config).method.decoding.new_tokens == 64
 
 
+def test_a_folder_of_tasks_is_named_by_what_is_in_it(tmp_path):
+    file = tmp_path / "arc_easy" / "test.jsonl"
+    file.parent.mkdir()
+    digests = []
+    for text in ("{}", "{}\n{}"):
+        file.write_text(text)
+        settings = ["evaluation=quick", "evaluation.probes.tasks.tasks=[arc_easy]"]
+        config = resolved("method=rtn", *settings, f"evaluation.probes.tasks.data={tmp_path}")
+        digests.append(run.digest_of(run.identity(config)))
+    assert digests[0] != digests[1]
+
+
 def test_files_of_questions_are_named_by_content(tmp_path):
     digests = []
     for name, text in (("a", "1"), ("b", "1"), ("c", "2")):

@@ -85,6 +85,20 @@ def is_default(section: dict[str, Any] | None) -> bool:
     return section is None or section == DEFAULT
 
 
+def shared_over(engine: Any, hardware: Hardware) -> int:
+    """GPUs that hold a part of every layer each, and read their parts at the same time: 1 where none are shared.
+
+    engine: what runs the model, or the choice of it.
+    """
+    return getattr(engine, "tensor_parallel", 1) if hardware.device == "cuda" else 1
+
+
+def places_of(engine: Any, hardware: Hardware) -> list[str]:
+    """The devices that hold the model, as torch names them; those that the engine shares its layers over, too."""
+    several = shared_over(engine, hardware)
+    return hardware.places if several == 1 else [f"{hardware.device}:{number}" for number in range(several)]
+
+
 def hardware_with(engine: EngineChoice, hardware: Hardware) -> Hardware:
     """The hardware as this engine uses it: in the engine's own arithmetic, where it has one."""
     if engine.dtype is None:

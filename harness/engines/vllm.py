@@ -138,6 +138,7 @@ class VLLM:
                     dtype,
                     weights=weight_bytes(folder, getattr(torch, dtype)),
                     token_bytes=analytic_kv_bytes_per_token(module, getattr(torch, dtype)),
+                    tensor_parallel=self.tensor_parallel,
                 ),
                 storage_dtype=getattr(torch, description["storage_dtype"]),
             )
@@ -174,12 +175,22 @@ class VLLMEngine:
     """A vLLM process behind the harness's engine interface.
 
     facts: what the server said of itself; dtype: what it was asked to compute in. weights: bytes that the artifact's
-    weights take in memory; token_bytes: of the keys and values of a token, from the model's shape.
+    weights take in memory; token_bytes: of the keys and values of a token, from the model's shape. tensor_parallel:
+    GPUs that share every layer.
     """
 
-    def __init__(self, server: Server, facts: dict[str, Any], dtype: str, weights: int, token_bytes: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        facts: dict[str, Any],
+        dtype: str,
+        weights: int,
+        token_bytes: int,
+        tensor_parallel: int = 1,
+    ) -> None:
         self.server, self.facts, self.dtype = server, facts, dtype
         self.loaded_bytes, self.token_bytes = weights, token_bytes
+        self.tensor_parallel = tensor_parallel
 
     @property
     def context_tokens(self) -> int | None:

@@ -16,7 +16,7 @@ from harness.environment import available_memory_bytes
 from harness.errors import ConfigError
 from harness.probes.footprint import analytic_kv_bytes_per_token, peak_bytes
 from harness.records import Measurement
-from harness.statistics import median_interval
+from harness.statistics import student_interval
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,7 +161,7 @@ class ContextCost:
         gaps = 1e3 * np.diff(stamps[1:])
         yield Measurement("context_first_token_ms", 1e3 * float(stamps[1]), "ms", on, "lower", note=note)
         mean = float(gaps.mean())  # several tokens may come at once: their median gap would be nothing
-        interval = median_interval(gaps) if gaps.min() > 0.2 * mean else None
+        interval = student_interval(gaps) if gaps.min() > 0.2 * mean else None
         yield Measurement("context_output_token_ms", mean, "ms", on, "lower", interval, note)
         yield Measurement("context_cache_bytes", held, "bytes", on, "lower")
         peak_note = note if peak is not None else "this system does not say"

@@ -85,7 +85,8 @@ class DecodingGain:
         counts = counted.counts
         share = statistics.wilson_interval(counts.accepted, counts.examined) if counts.examined else None
         made = f"{counts.guesses} guesses, {counts.accepted} accepted, {counts.examined} looked at"
-        yield Measurement("guess_acceptance", counts.acceptance, "share", on, "higher", share, made)
+        accepted = counts.acceptance if counts.examined else None  # of no guess there is no share
+        yield Measurement("guess_acceptance", accepted, "share", on, "higher", share, made)
         mean = counts.tokens / max(counts.passes, 1)
         yield Measurement("tokens_per_pass", mean, "tokens", on, "higher", note=f"{counts.passes} passes")
         yield Measurement(

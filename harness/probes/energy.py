@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
+from harness.engines.choice import places_of
 from harness.errors import ConfigError
 from harness.records import Measurement
 
@@ -59,7 +60,7 @@ class Energy:
         """One number: `energy_per_output_token_joules`."""
         dtype = context.hardware.resolved_decoding_dtype()
         on = f"batch {self.batch}, prompt {self.prompt_tokens}, {self.new_tokens} new, {dtype}"
-        counter = counter_of(*map(torch.device, context.hardware.places))
+        counter = counter_of(*map(torch.device, places_of(lm.engine, context.hardware)))
         value, note = None, "no energy counter can be read here"
         if counter is not None:
             value, note = self._joules_per_token(lm, context, counter), f"{counter.name}; {lm.engine.kernels()}"
@@ -95,12 +96,16 @@ def counter_of(*devices: torch.device, powercap: Path = POWERCAP) -> Counter | N
 
 
 class RaplCounter:
-    """Intel's and AMD's running average power limit: one counter a package, in microjoules, that wraps around."""
+    """Intel's and AMD's running average power limit: one counter a package, in microjoules, that wraps around.
+
+    Beside the packages some machines count "psys": all of the board, packages included, which must not come on top.
+    """
 
     name = "RAPL packages"
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self.packages = sorted(powercap.glob("intel-rapl:[0-9]"))
+        zones = sorted(powercap.glob("intel-rapl:[0-9]"))
+        self.packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
         if not self.packages:
             raise OSError(f"no packages in {powercap}")
 

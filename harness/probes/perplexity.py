@@ -95,7 +95,7 @@ class Perplexity:
         outcomes.to_parquet(context.samples / self._outcomes_file, index=False)
         on = f"{context.corpus.evaluation_name}, {self.name}, {len(windows)} windows"
         compared = self.compares and context.reference is not None
-        dense = _losses(context.reference / self._outcomes_file, len(outcomes)) if compared else None
+        dense = _losses(context.reference / self._outcomes_file, outcomes) if compared else None
         bytes_per_token = self._bytes_per_token(lm.tokenizer, windows)
         generator = np.random.default_rng(context.seed)
         block = round(len(outcomes) / len(windows))
@@ -186,9 +186,10 @@ class Perplexity:
         return pd.DataFrame({name: values.numpy() for name, values in table.items()})
 
     def _bytes_per_token(self, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> float:
-        """UTF-8 bytes of text per token, over all of the text that the windows cover."""
+        """UTF-8 bytes of text per token, over all of the text that the windows cover; a mark before it is none."""
         fresh = self.window if self.protocol == "gptq" else self.stride
-        covered = torch.cat([windows[0], windows[1:, self.window - fresh :].flatten()])
+        marks = int(windows[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+        covered = torch.cat([windows[0, marks:], windows[1:, self.window - fresh :].flatten()])
         text = tokenizer.decode(covered, clean_up_tokenization_spaces=False)
         return len(text.encode("utf-8")) / len(covered)
 
@@ -212,19 +213,19 @@ def _compare(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _losses(path: Path, count: int) -> np.ndarray:
-    """The dense run's token losses."""
+def _losses(path: Path, ours: pd.DataFrame) -> np.ndarray:
+    """The dense run's losses of the very tokens that this run scored."""
     import pandas as pd
 
     if not path.is_file():
         raise RunError(f"{path.name}: the dense run left no token losses; run it again (method=dense force=true)")
-    losses = pd.read_parquet(path, columns=["loss"])["loss"].to_numpy(np.float64)
-    if len(losses) != count:
+    dense = pd.read_parquet(path, columns=["token", "loss"])
+    if len(dense) != len(ours) or not np.array_equal(dense["token"], ours["token"]):
         raise RunError(
-            f"{path}: the dense run scored {len(losses)} tokens, this one {count}; "
-            "run it again (method=dense force=true)"
+            f"{path}: the dense run scored {len(dense)} tokens, this one {len(ours)} or others (another text or "
+            "tokenizer); run it again (method=dense force=true)"
         )
-    return losses
+    return dense["loss"].to_numpy(np.float64)
 
 
 def _perplexity_measurements(

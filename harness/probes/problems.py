@@ -69,7 +69,8 @@ class Answers:
         outcomes.to_parquet(context.samples / self._file, index=False)
         questions = f"{total} questions" if len(asked) == total else f"{len(asked)} of {total} questions"
         sample = "" if len(asked) == total else f" (sample {context.seed})"
-        on = f"{self.problems.name}, {questions}{sample}, exact match ({rule.name}), asked as it is taught"
+        source = f", file {_digest(asked)}" if getattr(self.problems, "path", "") else ""
+        on = f"{self.problems.name}, {questions}{sample}{source}, exact match ({rule.name}), asked as it is taught"
         given = f"{outcomes['given'].notna().mean():.0%} of the replies hold an answer; {decoding.describe()}"
         yield accuracy("accuracy", outcomes["correct"].to_numpy(), on, given)
         if decoding.calculator:
@@ -118,6 +119,12 @@ class Answers:
         if both["correct_dense"].isna().any():
             raise RunError("the dense run was asked other questions; run it again (method=dense force=true)")
         return both
+
+
+def _digest(asked: Iterable[Problem]) -> str:
+    """What tells questions of a user's file from those of another of the same name and number."""
+    known = "\x00".join(f"{problem.id} {problem.gold}" for problem in asked)
+    return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def _likenesses(both: pd.DataFrame, on: str, generator: np.random.Generator) -> Iterable[Measurement]:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from harness.ceilings import ceilings
+from harness.engines.choice import shared_over
 from harness.environment import ForeignLoad
 from harness.errors import ConfigError, RunError
 from harness.probes.footprint import loaded_bytes
@@ -91,7 +92,8 @@ class Speed:
             yield from self._measurements(stamps, batch, on, note)
             loaded = getattr(lm.engine, "loaded_bytes", None)  # of an engine that holds the weights elsewhere
             read = bytes_read_per_step(lm.module, loaded) + self._cache_bytes(lm, batch, dtype)
-            yield _roofline(stamps, read, limit.read_bytes_per_second, on)
+            together = shared_over(lm.engine, context.hardware)
+            yield _roofline(stamps, read, together * limit.read_bytes_per_second, on)
         _write(context.samples / "speed.parquet", raw)
 
     def _requests(self, lm: LanguageModel, batch: int, context: Context) -> tuple[np.ndarray, str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parents[1] / "tasks"
 METRICS = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "accuracy_norm"}  # lm-eval's name: ours
-ARMS = ["task", "filter", "metric", "doc_id"]  # what identifies an outcome in both arms
+ARMS = ["task", "filter", "metric", "doc_id", "on"]  # what identifies an outcome in both arms
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,21 @@ class Tasks:
                 for task, source in self._load(name, context):
                     tasks[task.config.task] = task
                     about[task.config.task] = self._describe(task, source, context.seed)
-            outcomes = self._outcomes(lm, context, tasks)
+            outcomes = self._outcomes(lm, context, tasks, about)
         context.samples.mkdir(parents=True, exist_ok=True)
         outcomes.to_parquet(context.samples / self._outcomes_file, index=False)
         dense = None if context.reference is None else _dense(context.reference / self._outcomes_file)
         generator = np.random.default_rng(context.seed)
-        for (task, chosen, metric), ours in outcomes.groupby(["task", "filter", "metric"], sort=False):
-            on = about[task] + ("" if chosen == "none" else f", {chosen}")
+        for (metric, on), ours in outcomes.groupby(["metric", "on"], sort=False):
             yield accuracy(metric, ours["correct"].to_numpy(), on)
             if dense is not None:
                 yield from against(metric, _paired(ours, dense), on, generator)
 
     @property
     def _outcomes_file(self) -> str:
-        """Outcomes of two sets of tasks may lie side by side."""
-        return f"tasks-{'-'.join(self.tasks)}{'-chat' if self.chat_template else ''}.parquet"
+        """Outcomes of two sets of tasks, or of one asked in two ways, may lie side by side."""
+        shots = "" if self.few_shot is None else f"-{self.few_shot}shot"
+        return f"tasks-{'-'.join(self.tasks)}{shots}{'-chat' if self.chat_template else ''}.parquet"
 
     def _load(self, name: str, context: Context) -> Iterator[tuple[ConfigurableTask, str]]:
         """The task, or every task of a group, with a word on where its questions come from."""
@@ -111,7 +111,10 @@ class Tasks:
             yield ConfigurableTask(config=self._own(config)), ""
         elif folder is None:
             loaded = TaskManager().load([name])  # reads every packaged task: ten seconds that only groups cost
-            yield from ((task, "") for task in loaded["tasks"].values())
+            for task in loaded["tasks"].values():
+                if self.few_shot is not None and task.config.num_fewshot != 0:  # as in `_own`
+                    task.set_config("num_fewshot", self.few_shot)
+                yield task, ""
         else:
             files = _local_files(folder, name)
             yield ConfigurableTask(config=self._own(_localised(config, files))), f", file {_digest(files)}"
@@ -139,8 +142,10 @@ class Tasks:
         shots = task.config.num_fewshot or 0
         return f"{task.config.task} v{task.VERSION}, {shots}-shot{template}, {asked}{source}"
 
-    def _outcomes(self, lm: LanguageModel, context: Context, tasks: dict[str, ConfigurableTask]) -> pd.DataFrame:
-        """One row per question and metric: task, filter, metric, doc_id, correct (0 or 1)."""
+    def _outcomes(
+        self, lm: LanguageModel, context: Context, tasks: dict[str, ConfigurableTask], about: dict[str, str]
+    ) -> pd.DataFrame:
+        """One row per question and metric: task, filter, metric, doc_id, on (its protocol), correct (0 or 1)."""
         import pandas as pd
         from lm_eval.evaluator import evaluate
 
@@ -158,7 +163,14 @@ class Tasks:
             fewshot_as_multiturn=self.chat_template,
         )["samples"]
         rows = [
-            (name, sample["filter"], METRICS[metric], sample["doc_id"], int(sample[metric]))
+            (
+                name,
+                sample["filter"],
+                METRICS[metric],
+                sample["doc_id"],
+                about[name] + ("" if sample["filter"] == "none" else f", {sample['filter']}"),
+                _right_or_wrong(sample[metric], name, metric),
+            )
             for name, samples in found.items()
             for sample in samples
             for metric in METRICS
@@ -166,7 +178,7 @@ class Tasks:
         ]
         for name in tasks.keys() - {row[0] for row in rows}:
             raise RunError(f"{name} marks no question right or wrong (needs one of {', '.join(METRICS)}); leave it out")
-        return pd.DataFrame(rows, columns=["task", "filter", "metric", "doc_id", "correct"]).sort_values(
+        return pd.DataFrame(rows, columns=[*ARMS, "correct"]).sort_values(
             ["task", "filter", "metric", "doc_id"], kind="stable", ignore_index=True
         )
 
@@ -291,6 +303,16 @@ def _built_in_data(name: str, context: Context) -> Path:
 # ---- outcomes
 
 
+def _right_or_wrong(outcome: Any, task: str, metric: str) -> int:
+    """1 or 0. Raises RunError for a share, which some tasks give under the name of a metric that is right or wrong."""
+    if outcome not in (0, 1):
+        raise RunError(
+            f"{task} gives a question {metric}={outcome:.3g}, which is neither right nor wrong: intervals and tests "
+            "here are of right answers; leave it out (of truthfulqa, truthfulqa_mc1 is right or wrong)"
+        )
+    return int(outcome)
+
+
 def _dense(path: Path) -> pd.DataFrame:
     import pandas as pd
 
@@ -301,10 +323,12 @@ def _dense(path: Path) -> pd.DataFrame:
 
 def _paired(ours: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
     """Both arms' outcomes of the same questions: columns correct, correct_dense."""
-    both = ours.merge(dense, on=ARMS, how="left", suffixes=("", "_dense"))
+    known = [name for name in ARMS if name in dense]  # outcomes of an older version name no protocol
+    both = ours.merge(dense[[*known, "correct"]], on=known, how="left", suffixes=("", "_dense"))
     if both["correct_dense"].isna().any():
         raise RunError(
-            f"the dense run was asked other questions of {ours['task'].iloc[0]}; run it again (method=dense force=true)"
+            f"the dense run was asked other questions of {ours['task'].iloc[0]}, or in another way; run it again "
+            "(method=dense force=true), and ask the same tasks in one probe alone where several differ in data or limit"
         )
     return both
 

@@ -35,7 +35,8 @@ PUBLISHED = "published"
 DIGITS = 6  # of numbers on the page; records have all
 MOST_STEPS = 100  # of a learning curve
 AT_ONCE = 256  # records whose errors of linears are packed together
-BANDWIDTH = re.compile(r"at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
+READ = re.compile(r"(\d+) MiB a step at ([\d.]+) GB/s")  # in the note of decode_roofline_fraction
+TIMED = re.compile(r"batch (\d+), prompt (\d+)[^,]*, (\d+) new")  # its workload
 
 
 plain = lru_cache(maxsize=65536)(markup.plain)  # the same few words stand in every record
@@ -382,13 +383,18 @@ def _latency(m: Measurement, workload: str, size: str, least: float | None) -> l
 
 
 def _least_ms(record: RunRecord, on: str) -> float | None:
-    """Milliseconds to read the weights and the cache of this context once; None where a number is missing."""
-    roofline = record.find("decode_roofline_fraction")
-    bandwidth = BANDWIDTH.search(roofline.note) if roofline else None
-    weights, cache = record.value("loaded_weight_bytes"), record.value("context_cache_bytes", on)
-    if bandwidth is None or weights is None or cache is None:
+    """Milliseconds to read the weights and the cache of this context once; None where a number is missing.
+
+    The weights that a step reads, which a table of words is not among, are the roofline's, less the cache that it read.
+    """
+    roofline, cache = record.find("decode_roofline_fraction"), record.value("context_cache_bytes", on)
+    read, timed = (READ.search(roofline.note), TIMED.match(roofline.on)) if roofline else (None, None)
+    token = record.value("kv_cache_bytes_per_token")
+    if read is None or timed is None or cache is None or token is None:
         return None
-    return (weights + cache) / (float(bandwidth[1]) * 1e9) * 1e3
+    batch, prompt, new = map(int, timed.groups())
+    weights = int(read[1]) * 2**20 - batch * (prompt + new / 2) * token
+    return (weights + cache) / (float(read[2]) * 1e9) * 1e3
 
 
 # ------------------------------------------------------------------------------------------------------ scaling

@@ -17,6 +17,8 @@ from harness.errors import ConfigError
 from harness.records import Measurement
 from harness.sanity import break_even_tokens
 
+BATCH_4 = "batch 4, prompt 128, 32 new"
+
 
 def weighed(run, gib=None):
     size = (gib or ((run.bits or 16) / 16)) * 2**30
@@ -91,6 +93,25 @@ def test_sizes_within_one_percent_beat_nothing():
     close = [weighed(record("awq", 4), 0.2500), weighed(record("gptq", 4), 0.2501), weighed(record("rtn", 4), 0.26)]
     found = advise([without_speed(r) for r in [weighed(record("dense")), *close]], {"weight_gib": 1})
     assert {"awq 4", "gptq 4"} == called(found.best).keys() - {"dense"}
+
+
+def test_rows_are_compared_on_one_workload_and_one_protocol_each():
+    """A block may hold rows that measured a part of what others did: its first numbers are not theirs."""
+    slow = weighed(record("gptq", 4, loss=0.031, batches=(4,)))  # 4 at once are more tokens/s than one alone
+    arms = (("dense", None, 0.0), ("rtn", 4, 0.09), ("awq", 4, 0.004))
+    twice = [weighed(record(name, bits, loss=loss, batches=(4, 1))) for name, bits, loss in arms]
+    longer = [Measurement(metric, 1.5, "×", LONG, "lower") for metric in ("perplexity", "perplexity_ratio")]
+    twice[1] = replace(twice[1], measurements=[*longer, *twice[1].measurements])
+    found = advise([*twice, slow], {"tokens_per_second": 1})
+    everyone = called([*found.best, *found.lost])
+    for name in ("dense", "rtn 4", "awq 4"):
+        own = everyone[name].record
+        assert everyone[name].numbers["tokens_per_second"].value == own.value("decode_tokens_per_second", BATCH_4)
+    assert everyone["rtn 4"].numbers["perplexity_increase"].value == pytest.approx(0.0942, abs=1e-3)
+    assert everyone["gptq 4"].numbers["tokens_per_second"] is not None
+    alone = advise(twice, {"tokens_per_second": 1})
+    assert "batch 1," in alone.protocol, "the smallest, in whatever order they were measured"
+    assert called([*alone.best, *alone.lost])["dense"].numbers["tokens_per_second"].value < 100
 
 
 def test_tokens_until_compressing_is_paid_back_by_hand():

@@ -77,6 +77,15 @@ def test_exponents_are_slopes_of_logarithms():
     assert list(_exponent("x", {(1, 8): 1.0, (2, 16): 1.0})) == []
 
 
+def test_the_interval_of_a_mean_is_not_that_of_the_median():
+    """One slow step in eight moves the mean beyond all others, and so beyond the middle of them."""
+    stamps = np.cumsum([0.0, 0.5, *[0.010] * 15, 0.040])
+    probe = ContextCost([8], 16)
+    found = {m.metric: m for m in probe._measurements(stamps, None, 0, "here", "")}["context_output_token_ms"]
+    assert found.value == pytest.approx(1000 * (15 * 0.010 + 0.040) / 16)
+    assert found.interval[0] < found.value < found.interval[1]
+
+
 def test_batches_and_contexts_that_do_not_fit_say_so_with_bytes_that_were_computed(tmp_path, monkeypatch):
     place = context(tmp_path, decoding_dtype="float32")
     monkeypatch.setattr("harness.probes.context.MARGIN_BYTES", 0)
@@ -161,6 +170,13 @@ def test_guessing_is_counted_and_agrees(tmp_path, draft):
     assert 0 <= found["guess_acceptance"].value <= 1
     low, high = found["decoding_speedup"].interval
     assert low <= found["decoding_speedup"].value <= high
+
+
+def test_where_no_guess_was_made_none_has_a_share(tmp_path):
+    lm = SpeculativeDecoding(PromptLookup(40, 40), 3).compress(language_model(), None)  # nothing stands there twice
+    found = {m.metric: m for m in DecodingGain(2, 32, 8).measure(lm, context(tmp_path, TEXT))}
+    assert found["guess_acceptance"].value is None
+    assert found["guess_acceptance"].note.startswith("0 guesses")
 
 
 def test_the_gain_is_the_ratio_of_times(tmp_path):

@@ -45,6 +45,26 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity(tmp_path):
     assert found["perplexity"].interval == pytest.approx((VOCABULARY, VOCABULARY), rel=1e-5)
 
 
+def test_a_mark_before_the_text_has_no_bytes(tmp_path):
+    lm = language_model()
+    lm.module.get_output_embeddings().weight.data.zero_()
+    lm.tokenizer.bos_token = "<end>"  # of five bytes, if it were text
+    ctx = context(tmp_path, TEXT)
+    plain = ctx.corpus.evaluation_tokens
+    ctx.corpus.evaluation_tokens = lambda tokenizer: torch.cat([torch.tensor([256]), plain(tokenizer)])
+    found = measured(Perplexity(window=64, windows=1), lm, ctx)["bits_per_byte"]
+    assert found.value == pytest.approx(log(VOCABULARY) / log(2), rel=1e-5)  # one byte per token
+
+
+def test_losses_are_paired_with_those_of_the_same_tokens_alone(tmp_path):
+    lm, probe = language_model(), Perplexity(window=64, divergence=False, paired=True)
+    dense, other = context(tmp_path / "dense", TEXT), TEXT.swapcase()  # as many tokens, others
+    list(probe.measure(lm, dense))
+    assert measured(probe, lm, context(tmp_path / "same", TEXT, dense=dense.samples))["perplexity_ratio"].value == 1
+    with pytest.raises(RunError, match="or others"):
+        list(probe.measure(lm, context(tmp_path / "other", other, dense=dense.samples)))
+
+
 def test_gptq_protocol_is_a_plain_loop_over_windows(tmp_path):
     lm, ctx = language_model(), context(tmp_path, TEXT)
     tokens = ctx.corpus.evaluation_tokens(lm.tokenizer)

@@ -11,7 +11,7 @@ from tiny_models import context, language_model
 from harness import statistics
 from harness.errors import ConfigError, RunError
 from harness.probes.problems import Answers
-from harness.problems import ArithmeticProblems
+from harness.problems import ArithmeticProblems, TaskProblems
 
 PROBLEMS = ArithmeticProblems(train=20, test=60)
 
@@ -49,6 +49,17 @@ def test_accuracy_is_the_share_of_right_answers_of_a_seeded_sample(tmp_path):
     everything = Scripted(lambda problem: True)
     assert measured(Answers(PROBLEMS, everything, limit=None), context(tmp_path / "all"))["accuracy"].value == 1
     assert everything.asked == [problem.id for problem in PROBLEMS.read("test")]
+
+
+def test_two_files_of_as_many_questions_are_two_protocols(tmp_path):
+    found = []
+    for name, gold in (("a", "1"), ("b", "2"), ("c", "1")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text('{"question": "What?", "answer": "' + gold + '", "split": "test"}')
+        problems = TaskProblems("file", "question_answer", "number", path=str(path))
+        found.append(measured(Answers(problems, Scripted(lambda p: True)), context(tmp_path / name))["accuracy"].on)
+    assert found[0] == found[2] != found[1]
+    assert found[0].startswith("file, 1 questions, file ")
 
 
 def test_before_and_after_are_paired_by_question(tmp_path):

@@ -108,6 +108,38 @@ def test_generation_runs_under_a_chat_template(folder, tmp_path):
     assert "chat template" in found[0].on
 
 
+def test_one_task_asked_in_two_ways_is_paired_with_itself_in_each(folder, tmp_path):
+    train = Path(folder) / "arc_easy/train.jsonl"
+    train.write_text((Path(folder) / "arc_easy/test.jsonl").read_text())
+    probes = [Tasks(["arc_easy"], limit=30, data=folder, few_shot=shots) for shots in (None, 3)]
+    lm, dense = language_model(0), context(tmp_path / "dense")
+    for probe in probes:
+        list(probe.measure(lm, dense))
+    for probe, shots in zip(probes, ("0-shot", "3-shot"), strict=True):
+        found = list(probe.measure(lm, context(tmp_path / shots, dense=dense.samples)))
+        assert {m.value for m in found if m.metric.startswith("flips")} == {0}
+        assert all(shots in m.on for m in found)
+    other = Tasks(["arc_easy"], limit=20, data=folder)  # of fewer questions, whose outcomes lie in the same file
+    with pytest.raises(RunError, match="or in another way"):
+        list(other.measure(lm, context(tmp_path / "limit", dense=dense.samples)))
+
+
+def test_a_share_under_the_name_of_accuracy_is_refused_and_never_rounded_down():
+    """lm-eval's truthfulqa_mc2 gives every question the probability of its true answers as `acc`."""
+    assert [module._right_or_wrong(outcome, "any", "acc") for outcome in (0, 1.0, True)] == [0, 1, 1]
+    with pytest.raises(RunError, match=r"truthfulqa_mc2 gives a question acc=0\.73"):
+        module._right_or_wrong(0.73, "truthfulqa_mc2", "acc")
+
+
+def test_worked_examples_reach_the_tasks_of_a_group(folder, tmp_path, monkeypatch):
+    local = {task.config.task: task for task, _ in Tasks(["arc_easy"], data=folder)._load("arc_easy", None)}
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", lambda self: None)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", lambda self, names: {"tasks": local})
+    local["arc_easy"].set_config("num_fewshot", None)  # as packaged
+    ((task, _),) = Tasks(["mmlu"], few_shot=5)._load("mmlu", context(tmp_path))
+    assert task.config.num_fewshot == 5
+
+
 def test_nothing_moves_the_global_generators(folder, tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     list(Tasks(["arc_easy"], limit=5, data=folder).measure(language_model(), context(tmp_path)))

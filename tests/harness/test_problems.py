@@ -61,6 +61,7 @@ ROWS = [
         {"gold": "5", "equation": "( 7.0 - 2.0 )"},
     ),
     ("svamp", {"input": "?", "label": "( 7.0 / 2.0 )"}, {"gold": "3.5", "equation": "( 7.0 / 2.0 )"}),
+    ("svamp", {"input": "?", "label": "1234567 + 1"}, {"gold": "1234568"}),
     (
         "svamp",
         {"Body": "Two and two", "Question": "How many?", "Equation": "2+2", "Answer": "4"},

@@ -35,10 +35,10 @@ def rich(run, place):
     """With a roofline, contexts, a learning curve and errors of layers."""
     speed = [m for m in run.measurements if m.metric == "time_per_output_token_ms"]
     more = [
-        Measurement("decode_roofline_fraction", 0.4, "share", m.on, "higher", None, "9 MiB a step at 40.0 GB/s: …")
+        Measurement("decode_roofline_fraction", 0.4, "share", m.on, "higher", None, "128 MiB a step at 40.0 GB/s: …")
         for m in speed
     ]
-    more += [Measurement("loaded_weight_bytes", 1.2e8, "bytes", "ready to decode", "lower")]
+    more += [Measurement("kv_cache_bytes_per_token", 23040.0, "bytes", "one sequence, float32", "lower")]
     for length in (256, 1024):
         on = f"batch 1, context {length}, 8 new, float32"
         more.append(Measurement("context_output_token_ms", 9 + length / 100, "ms", on, "lower"))

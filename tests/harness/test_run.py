@@ -60,6 +60,22 @@ def test_a_failed_baseline_is_named_and_nothing_is_compared_with_it(config, tmp_
     assert (record.card["name"], record.status, record.failure.stage) == ("dense", "failed", "compress")
 
 
+def test_what_was_kept_by_other_versions_of_packages_is_measured_again(tmp_path):
+    """A sweep that was killed goes on after an upgrade: its record names one set of versions."""
+    kept, said = tmp_path / "kept", []
+
+    def left_of(torch: str) -> bool:
+        run._forget_other_versions(kept, {"versions": {"torch": torch}, "load_average_before": len(said)}, said.append)
+        return (kept / "0-Perplexity.json").exists()
+
+    assert not left_of("2.11")
+    (kept / "0-Perplexity.json").write_text("[]")
+    assert left_of("2.11")
+    assert not said
+    assert not left_of("2.13")
+    assert len(said) == 1
+
+
 def test_a_torn_record_is_named_and_not_overwritten(config, tmp_path):
     wanted = run.identity(config)
     path = run.record_path(wanted, run.digest_of(wanted), paths(tmp_path))

@@ -31,6 +31,13 @@ def test_an_anchor_of_another_protocol_says_nothing():
     assert check_anchors(measured, {"wikitext2 evaluation, gptq-2048": 5.47}) == measured
 
 
+def test_an_anchor_is_of_the_whole_text_and_says_nothing_of_its_start():
+    start = "wikitext2 evaluation, gptq-2048"
+    measured = [Measurement("perplexity", 6.3, "ppl", f"{start}, 32 windows", "lower")]
+    assert check_anchors(measured, {start: 5.47}, ["gptq-2048, 32 windows"]) == measured
+    assert distrusted(check_anchors(measured, {start: 5.47}, ["gptq-2048, 64 windows"])), "no more than 32 were there"
+
+
 def test_break_even_is_cost_over_saving_per_request():
     # dense: 100 + 31 * 10 = 410 ms; compressed: 100 + 31 * 6 = 286 ms; 62 s / 124 ms = 500 requests
     (measured,) = break_even(62.0, timed(100, 6), timed(100, 10))

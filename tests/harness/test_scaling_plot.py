@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from fake_records import LONG, record
+from fake_records import LONG, XEON, record
 
 from harness.errors import ConfigError
 from harness.records import write_record
@@ -55,6 +55,14 @@ def test_another_protocol_is_named_and_not_drawn():
     types, _, _, others = points_of(runs, "perplexity")
     assert len(types) == 12
     assert others == [LONG]
+
+
+def test_another_machine_is_named_and_not_drawn():
+    runs = [*sweep(), record("kbit_int", 4, machine=XEON, card=CARD), record("dense", machine=XEON)]
+    types, dense, _, others = points_of(runs, "perplexity")
+    assert (len(types), len(dense)) == (12, 1)
+    assert len(others) == 1
+    assert XEON["processor"] in others[0]
 
 
 def test_divergence_has_no_dense_point():

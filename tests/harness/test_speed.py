@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from harness import artifact, environment
-from harness.ceilings import ceilings
+from harness.ceilings import Ceilings, ceilings
 from harness.environment import Hardware
 from harness.errors import ConfigError
 from harness.evaluation import Context
@@ -101,6 +102,17 @@ def test_every_time_has_its_closed_form(steady):
     for metric, value in expected.items():
         assert measured[metric].value == pytest.approx(value), metric
         assert measured[metric].on == "batch 4, prompt 50, 11 new, float32"
+
+
+def test_gpus_that_share_every_layer_read_their_parts_at_once(steady, monkeypatch):
+    measured, lm, where = steady
+    clock = Clock()
+    lm.engine = SteadyEngine(clock)
+    lm.engine.tensor_parallel = 2
+    where = replace(where, hardware=replace(where.hardware, device="cuda"))
+    monkeypatch.setattr("harness.probes.speed.ceilings", lambda *_: Ceilings(1e9, 1e12, "float32", 1))
+    shared = {m.metric: m for m in speed(clock).measure(lm, where)}
+    assert shared["decode_roofline_fraction"].value == pytest.approx(measured["decode_roofline_fraction"].value / 2)
 
 
 def test_repeats_stop_as_soon_as_the_interval_is_narrow(steady):

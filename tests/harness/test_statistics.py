@@ -107,6 +107,13 @@ def test_median_interval_covers_and_tightens():
     assert statistics.relative_half_width(50, None) == float("inf")
 
 
+def test_the_interval_of_few_values_mean_covers_it_nineteen_times_in_twenty():
+    rng = generator(2)
+    hits = [covered(statistics.student_interval(rng.normal(3.0, 1.0, 5)), 3.0) for _ in range(2000)]
+    assert 0.94 < np.mean(hits) < 0.96
+    assert statistics.student_interval([1.0]) is None
+
+
 def paired_losses(rng, effect: float, windows: int = 64, window: int = 128):
     """Token losses of two arms on the same text, which differ by `effect` nats on average; neighbours resemble."""
     shared = correlated(rng, windows * window, 0.9)

@@ -95,6 +95,20 @@ def test_two_protocols_never_share_a_column():
     assert [sum(LONG in line for line in b.protocol) for b in found] == [0, 1]
 
 
+def test_two_texts_of_one_name_never_share_a_block():
+    """A file may change and keep its name: what was scored is the text whose hash the record has."""
+
+    def scored(runs, digest):
+        text = {"evaluation": {"name": "own.txt", "sha256": digest}}
+        return [replace(r, environment={**r.environment, "text": text}) if r.measurements else r for r in runs]
+
+    before, after = scored(sweep(), "aa"), scored([record("dense"), record("awq", 4, loss=0.01)], "bb")
+    assert len(blocks([*before, failed(record("gptq", 8))])) == 1, "a run that scored nothing joins"
+    assert [len(group) for group in tables.comparable([*before, *after])] == [len(before), len(after)]
+    with pytest.raises(ConfigError, match=r'text on "aa"; .* has text on "bb"'):
+        blocks([*before, *after], strict=True)
+
+
 def test_two_machines_never_share_a_block():
     found = blocks(sweep() + sweep(machine=XEON))
     assert len(found) == 2
@@ -150,6 +164,9 @@ def test_contexts_have_a_column_for_each_batch_at_the_longest_that_some_row_mana
     cells = [at(1, 512, 5.0), at(1, 32768, 9.0), at(64, 512, 11.0), at(64, 32768, None)]
     wide = replace(record("gptq", 4), measurements=cells)
     heads = [column.head for column in columns.columns_of([wide])]
+    assert [head for head in heads if "TPOT" in head] == ["TPOT ms b1 at 32768", "TPOT ms b64 at 512"]
+    dense = replace(record("dense"), measurements=[at(1, 512, 5.0), at(1, 32768, None), at(64, 512, 9.0)])
+    heads = [column.head for column in columns.columns_of([dense, wide])]
     assert [head for head in heads if "TPOT" in head] == ["TPOT ms b1 at 32768", "TPOT ms b64 at 512"]
     one = replace(record("gptq", 4), measurements=cells[:2])
     assert [head for head in (c.head for c in columns.columns_of([one])) if "TPOT" in head] == ["TPOT ms at 32768"]
@@ -259,6 +276,21 @@ def test_one_task_judged_in_two_ways_has_two_columns():
     (block,) = blocks([replace(run, measurements=[*run.measurements, *extra])])
     row = rows_of(block)["GPTQ 4"]
     assert (row["gsm8k % strict"].value, row["gsm8k % flexible"].value) == ("10.0", "20.0")
+
+
+def test_marks_of_one_task_asked_in_two_ways_stay_in_their_columns():
+    def asked(run, zero, five):
+        extra = [
+            Measurement("accuracy", v, "share", f"arc_easy v1.0, {n}-shot, 200 of 2376 questions (sample 0)", "higher")
+            for n, v in ((0, zero), (5, five))
+        ]
+        return replace(run, measurements=[*run.measurements, *extra])
+
+    (block,) = blocks([asked(record("gptq", 4), 0.4, 0.5), asked(record("awq", 4), 0.3, 0.6)])
+    gptq, awq = (rows_of(block)[name] for name in ("GPTQ 4", "AWQ 4"))
+    assert (gptq["arc_easy % 0-shot"].value, gptq["arc_easy % 5-shot"].value) == ("40.0", "50.0")
+    assert [gptq[f"arc_easy % {n}-shot"].bold for n in (0, 5)] == [True, False]
+    assert [awq[f"arc_easy % {n}-shot"].bold for n in (0, 5)] == [False, True]
 
 
 def test_a_dense_model_asked_in_several_ways_is_one_row_and_before_and_after_stand_in_one():

@@ -44,6 +44,10 @@ def test_a_record_agrees_with_itself():
         ("decode_tokens_per_second", "tokens/s", 100.0, 10.0),
         ("compress_seconds", "s", 60.0, 18.0),
         ("peak_memory_bytes", "bytes", 1e9, 1e8),
+        ("context_peak_bytes", "bytes", 1e9, 1e8),
+        ("context_peak_exponent", "power of length", 2.0, 0.2),
+        ("energy_per_output_token_joules", "J/token", 3.0, 0.3),
+        ("decoding_speedup", "× token by token", 1.5, 0.15),
     ],
 )
 @pytest.mark.parametrize("sign", [-1, 1])
