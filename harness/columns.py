@@ -106,10 +106,10 @@ def measured(records: Iterable[RunRecord], columns: list[Column]) -> list[list[M
 
 def columns_of(records: list[RunRecord]) -> list[Column]:
     """The columns that these records fill, in the order of QUANTITIES, one workload each."""
-    first: dict[tuple[str, str], Measurement] = {}  # of each workload, in the order in which they appear
+    first: dict[tuple[str, str], Measurement] = {}  # of each workload, with a number if any row has one, in their order
     for record in records:
         for m in record.measurements:
-            if (key := (m.metric, m.on)) not in first:
+            if (known := first.get(key := (m.metric, m.on))) is None or (known.value is None and m.value is not None):
                 first[key] = m
     by_metric: dict[str, list[Measurement]] = {}
     for m in first.values():

@@ -151,6 +151,8 @@ def test_contexts_have_a_column_for_each_batch_at_the_longest_that_some_row_mana
     wide = replace(record("gptq", 4), measurements=cells)
     heads = [column.head for column in columns.columns_of([wide])]
     assert [head for head in heads if "TPOT" in head] == ["TPOT ms b1 at 32768", "TPOT ms b64 at 512"]
+    dense = replace(record("dense"), measurements=[at(1, 512, 5.0), at(1, 32768, None)])  # the first row did not fit
+    assert [c.head for c in columns.columns_of([dense, wide])] == heads
     one = replace(record("gptq", 4), measurements=cells[:2])
     assert [head for head in (c.head for c in columns.columns_of([one])) if "TPOT" in head] == ["TPOT ms at 32768"]
 
