@@ -12,11 +12,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness import launching, stacks
 from harness.errors import ConfigError
@@ -75,18 +76,31 @@ def main() -> None:
     problem = check_names(arguments) or launching.missing(arguments)
     if not problem:
         try:
-            sys.argv[1:] = sweepable(stacks.register(arguments))
+            overrides = stacks.register(arguments)
+            if not _sweeps(arguments) and (several := _of_several_values(overrides)):
+                again = shlex.join(["python", "-m", "harness", "-m", *arguments])
+                raise ConfigError(f"{several}: several values make a sweep, which -m asks for: {again}")
+            sys.argv[1:] = sweepable(overrides)
+            _check_results_folder(arguments)
         except ConfigError as error:
             problem = str(error)
     if problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+        _refuse(problem)
     signal.signal(signal.SIGTERM, _terminated)
+    from hydra.errors import HydraException
+
+    own_words = not _sweeps(arguments) and "HYDRA_FULL_ERROR" not in os.environ  # a sweep's end is told by its summary
     try:
         import hydra
 
         os.environ["HARNESS_PROCESS"] = str(os.getpid())
+        if own_words:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors of composing come here instead of being printed
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+    except HydraException as error:
+        if not own_words:
+            raise
+        _refuse(_explained(error, overrides))
     except SystemExit:
         from harness.sweep import close_cut_short, was_cut_short
 
@@ -97,6 +111,11 @@ def main() -> None:
         status = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         print("\ninterrupted: finished work is kept; the same command goes on from there", file=sys.stderr, flush=True)
         sys.exit(status)
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(redact(problem), file=sys.stderr)
+    sys.exit(2)
 
 
 def _terminated(number: int, _frame: Any) -> None:
@@ -135,10 +154,19 @@ def check_names(arguments: Sequence[str]) -> str:
 
     Values that sweep by a function, such as glob(*), are left to Hydra.
     """
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            if (name := key.lstrip("-")) in (*GROUPS, *PLAIN_KEYS):
+                return f"{key}: written without dashes, as {name}={value or 'VALUE'}"
             continue
-        key, _, value = argument.partition("=")
+        if before.startswith("-") and before not in ("-m", "--multirun"):  # what the option is set to: --cfg job
+            continue
+        if not equals:
+            if argument.startswith("~"):
+                continue
+            group = next((group for group in GROUPS if argument in options(group)), None)
+            return f"{argument!r} is no KEY=VALUE." + (f" Did you mean {group}={argument}?" if group else "")
         key = key.lstrip("+~")
         group, _, _package = key.partition("@")
         first = group.partition(".")[0]
@@ -146,6 +174,9 @@ def check_names(arguments: Sequence[str]) -> str:
             return unknown("option", first, [*GROUPS, *PLAIN_KEYS])
         if group not in GROUPS or "(" in value or "$" in value:
             continue
+        place = re.search(rf"{group}@[\w.]+", GROUPS[group])
+        if place and group == key:
+            return f"{argument}: say what it is of, as in {place[0]}={value}"
         valid = options(group)
         for name in re.split(r"[,+]" if group == "method" else ",", re.sub(r"[\[\]]", "", value)):
             name = name.strip().strip("'\"")
@@ -154,13 +185,101 @@ def check_names(arguments: Sequence[str]) -> str:
     return ""
 
 
+def _check_results_folder(arguments: Sequence[str]) -> None:
+    """Raises ConfigError where results cannot be written: Hydra's own folder is the first thing below."""
+    if any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments):
+        return  # nothing is run
+    named = [value for argument in arguments if argument.startswith("paths.results=") for value in [argument[14:]]]
+    folder = Path((named or ["results"])[-1].strip("'\""))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"paths.results={folder}: {error.strerror}; name a folder that can be written") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"paths.results={folder}: no permission to write there; name another folder")
+
+
+def _sweeps(arguments: Sequence[str]) -> bool:
+    """Whether these arguments ask for a sweep."""
+    return any(
+        argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") or argument.startswith("experiment=")
+        for argument in arguments
+    )
+
+
+def _of_several_values(overrides: Sequence[str]) -> str:
+    """The first override that Hydra would sweep over; empty when each has one value.
+
+    Raises ConfigError for text that is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        if text.startswith("-") or "=" not in text:
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            key, _, value = text.partition("=")
+            quoted = f"{key}='{value}'"
+            raise ConfigError(
+                f"{text}: cannot be read; a value with brackets, commas, = or quotes needs quotes of its own: "
+                f'"{quoted}"'
+            ) from error
+        if override.is_sweep_override():
+            return text
+    return ""
+
+
+def _explained(error: Exception, overrides: Sequence[str]) -> str:
+    """What Hydra could not compose; of a name that no value has, the nearest one and those that there are."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+
+    found = re.search(r"Could not override '([\w.@/]+)'", str(error))
+    if found is None:
+        return str(error)
+    key = found[1]
+    if "@" in key:
+        method = next((text for text in overrides if text.startswith("method=")), "the default method")
+        return f"{key}: {method} has no such part; --cfg job shows what it has"
+    others = [text for text in overrides if "=" in text and text.partition("=")[0] != key and text[0] not in "-~"]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = compose("config", overrides=others)
+    except HydraException:
+        return str(error)
+    place = ""
+    for name in key.split("."):
+        if not isinstance(node, DictConfig):
+            return f"unknown option {key!r}: {place.rstrip('.')} is one value and has no parts"
+        if name not in node:
+            break
+        node, place = node[name], f"{place}{name}."
+    valid = [f"{place}{known}" for known in node if not str(known).startswith("_")]
+    return unknown("option", place + name, valid) + _where_it_is_known(place.rstrip("."), name)
+
+
+def _where_it_is_known(group: str, name: str) -> str:
+    """The choices of a group whose files have a value of this name; empty for none."""
+    known = [
+        option
+        for option in (options(group) if group in GROUPS else [])
+        if re.search(rf"^ *{name}:", (CONF / group / f"{option}.yaml").read_text(encoding="utf-8"), flags=re.M)
+    ]
+    return f"\n{group}.{name} is known to {group}={', '.join(known)}" if known else ""
+
+
 def sweepable(arguments: list[str]) -> list[str]:
     """Overrides of a sweep, those of a method's own values as ones that every composition accepts.
 
     Before a sweep Hydra composes the configuration of no job at all, with the default method, whose configuration has
     no such value. A value that a method of the sweep does not know is refused when its job is built.
     """
-    if not any(argument in ("-m", "--multirun") or argument.startswith("experiment=") for argument in arguments):
+    if not _sweeps(arguments):
         return arguments
     return [f"++{argument}" if re.match(r"method\.[\w.]+=", argument) else argument for argument in arguments]
 
@@ -180,7 +299,11 @@ def resolve(cfg: Any) -> tuple[dict[str, Any], Paths, bool, Timing]:
 
     config = OmegaConf.to_container(stacks.flatten(cfg), resolve=True)
     paths = config.pop("paths")
-    force, timing = bool(config.pop("force")), config.pop("timing")
+    force, timing = config.pop("force"), config.pop("timing")
+    if not isinstance(force, bool):  # "no" is a string here, and true
+        raise ConfigError(f"force={force}: must be true or false")
+    if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
+        raise ConfigError(f"seed={config['seed']}: must be a whole number, 0 or more")
     config["model"].setdefault("name", f"local-{Path(config['model'].get('path') or '').stem}")
     cache = Path(paths["cache"]) if paths["cache"] else default_cache()
     return config, Paths(Path(paths["results"]).absolute(), cache.absolute()), force, timing
@@ -197,12 +320,15 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Paths, bool, Tim
     problem = check_names(overrides)
     if problem:
         raise ConfigError(problem)
+    overrides = stacks.register(overrides)
+    if several := _of_several_values(overrides):
+        raise ConfigError(f"{several}: one run has one value; call it for each")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", overrides=[*stacks.register(overrides), "hydra.mode=RUN"])
+            cfg = compose("config", overrides=[*overrides, "hydra.mode=RUN"])
         return resolve(cfg)
     except HydraException as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_explained(error, overrides)) from error
 
 
 def _job(cfg: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness import statistics
-from harness.noise_floor import NoiseFloors
+from harness.noise_floor import NoiseFloors, assumed
 from harness.records import Measurement, RunRecord
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class Judge:
 
     def ties(self, rows: Sequence[Arm], best: Arm) -> set[str]:
         """Ids of the records that no test tells from the best one, which is among them."""
-        if not (self.floors.floors or self.kept.there or best[1].metric in TO_DENSE or best[1].interval):
+        metric = best[1].metric
+        if not (self.floors.floors or self.kept.there or metric in TO_DENSE or best[1].interval or assumed(metric)):
             return {best[0].id}  # nothing to test it with, which most columns have not
         found = {record.id: self.p_value((record, m), best) for record, m in rows if record is not best[0]}
         return {best[0].id} | self._not_told_apart(found)
@@ -118,7 +119,8 @@ class Judge:
     def p_value(self, one: Arm, other: Arm) -> float | None:
         """Two-sided p-value that two arms are equally good; 1.0 below the noise floor; None where no test is possible.
 
-        A number without an interval or kept outcomes is exact.
+        A time without an interval is taken to repeat as `harness.verify` has it; any other number without an interval
+        or kept outcomes is exact.
         """
         if self._below_the_floor(one, other):
             return 1.0
@@ -165,13 +167,15 @@ class Judge:
         return _p_of_difference(difference, variance, on)
 
     def _below_the_floor(self, one: Arm, other: Arm) -> bool:
-        if not self.floors.floors:
-            return False
         (record, ours), (_, theirs) = one, other
-        floor = self.floors.relative(record, ours.metric, ours.on)
+        floor, test = self.floors.relative(record, ours.metric, ours.on), "the machine's noise floor"
+        if floor is None and (ours.interval is None or theirs.interval is None):
+            floor = assumed(ours.metric)
+            of = "seconds to compress" if ours.metric == "compress_seconds" else "one timing"
+            test = f"{100 * floor:.0f} % of {of}"
         if not floor or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
             return False
-        self.tests.add("the machine's noise floor")
+        self.tests.add(test)
         return True
 
     @staticmethod

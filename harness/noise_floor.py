@@ -29,6 +29,10 @@ from harness.statistics import difference_quantile
 FOLDER = "noise_floor"
 RUNS = 5
 FEWEST_RUNS = 3
+SPEED_RELATIVE = 0.10
+COMPRESS_RELATIVE = 0.30
+SPEED_SUFFIXES = ("_ms", "_per_second", "_seconds")
+SPEED_WORDS = ("roofline", "bandwidth", "speedup", "energy", "exponent")
 MACHINE = {"processor", "cores", "architecture", "gpus"}  # what a fingerprint is made of
 
 
@@ -84,6 +88,13 @@ class NoiseFloors:
         """The floor of one number of a record as a share of it; None where it was not measured."""
         floor = self.of(record)
         return None if floor is None else floor.relative(metric, on)
+
+
+def assumed(metric: str) -> float:
+    """What two runs are taken to differ by, as a share, where no floor was measured; 0 for what is not a time."""
+    if metric == "compress_seconds":
+        return COMPRESS_RELATIVE
+    return SPEED_RELATIVE if metric.endswith(SPEED_SUFFIXES) or any(word in metric for word in SPEED_WORDS) else 0.0
 
 
 def read_floors(*folders: Path) -> NoiseFloors:

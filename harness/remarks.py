@@ -138,7 +138,7 @@ def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str)
     facts = [
         _distinct(f"{dtype} scoring" for dtype in known["scoring_dtype"]),
         _distinct(f"{dtype} decoding" for dtype in known["decoding_dtype"]),
-        _distinct(f"{threads} threads" for threads in known["threads"]),
+        _distinct(f"{threads} {'thread' if threads == 1 else 'threads'}" for threads in known["threads"]),
     ]
     for package in ("torch", "transformers"):
         facts.append(_distinct(f"{package} {v[package]}" for v in known["versions"] if package in v))

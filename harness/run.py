@@ -766,8 +766,8 @@ def _safe(name: str) -> str:
 
 
 def _plain(error: BaseException) -> str:
-    """Python's wording of a wrong keyword, without its class path."""
-    return str(error).replace("__init__() got an unexpected keyword argument", "has no option")
+    """Python's wording of a wrong keyword, without its method."""
+    return str(error).replace(".__init__() got an unexpected keyword argument", " has no option")
 
 
 def _now() -> str:

@@ -139,7 +139,10 @@ def summary(entries: list[dict[str, Any]], paths: list[Path]) -> str:
 
     width = min(100, terminal_width())
     counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
-    lines = [f"{len(entries)} runs: " + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)]
+    lines = [
+        f"{len(entries)} {'run' if len(entries) == 1 else 'runs'}: "
+        + ", ".join(f"{n} {STATUSES[status]}" for status, n in counts.items() if n)
+    ]
     for entry in entries:
         if entry["status"] in ("failed", "refused", launching.LOST):
             words = markup.plain(f"{entry['title']}: {entry['status']}: {entry['reason']}")

@@ -498,13 +498,14 @@ tables
   all           every one of them
 
 options
-  paths.results=DIR   where records/ is read and tables/ is written (default: results)
+  paths.results=DIR   where records/ is read (default: results)
+  output=DIR          where the files are written (default: tables/ of that folder)
   model=NAME[,NAME]   records of these models alone
   hardware=NAME[,…]   records of these hardware configurations alone
   across=model        models side by side, under one protocol on one machine; across=machine: machines, one model
   strict=true         an error instead of several blocks when protocols or machines differ
 """
-OPTIONS = ("paths.results", "model", "hardware", "across", "strict")
+OPTIONS = ("paths.results", "output", "model", "hardware", "across", "strict")
 
 
 def main(arguments: Sequence[str], held: list[RunRecord] | None = None) -> int:
@@ -518,13 +519,14 @@ def main(arguments: Sequence[str], held: list[RunRecord] | None = None) -> int:
     try:
         names, options = parse(arguments)
         results = Path(options.get("paths.results", RESULTS))
-        folder = results / "tables"
-        strict = options.get("strict", "false").lower() == "true"
+        folder = Path(options.get("output", results / "tables"))
+        strict = options.get("strict", "false").lower()
+        check_name(strict, ("true", "false"), "strict")
         across = options.get("across")
         if across is not None:
             check_name(across, KINDS, "across")
         with without_collector():
-            broken = _write_tables(names, options, results, strict, across, held)
+            broken = _write_tables(names, options, results, folder, strict == "true", across, held)
         print(
             f"written: {folder}/{{{','.join(names)}}}.{{md,tex,html,csv}}"
             if len(names) > 1
@@ -542,6 +544,7 @@ def _write_tables(
     names: Sequence[str],
     options: dict[str, str],
     results: Path,
+    folder: Path,
     strict: bool,
     across: str | None,
     held: list[RunRecord] | None,
@@ -553,7 +556,10 @@ def _write_tables(
         held += records
     records = chosen(records, options)
     for name in names:
-        print(write_table(table_named(name), records, results / "tables", strict, judge, across))
+        try:
+            print(write_table(table_named(name), records, folder, strict, judge, across))
+        except OSError as error:  # records of others, for instance
+            raise ConfigError(f"{folder}: {error.strerror}; output=DIR writes the tables elsewhere") from error
     return broken
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness import environment, markup
 from harness.errors import ConfigError, RunError
-from harness.noise_floor import NoiseFloor, read_floors
+from harness.noise_floor import NoiseFloor, assumed, read_floors
 from harness.options import RESULTS
 from harness.records import Measurement, RunRecord, read_record
 from harness.text_table import aligned
@@ -28,14 +28,10 @@ from harness.wheels import default_cache
 
 QUALITY_RELATIVE = 1e-4  # scores on one machine repeat but for the order of additions in threads
 QUALITY_ABSOLUTE = 1e-6  # where the value itself is zero: KL of the dense model with itself
-SPEED_RELATIVE = 0.10
 MEMORY_PEAK_BYTES = 2**20  # a tiny model fits into what the process already holds, or just not
 MEMORY_PEAK_RELATIVE = 0.10  # allocators and threads differ from run to run
-COMPRESS_RELATIVE = 0.30
-SPEED_SUFFIXES = ("_ms", "_per_second", "_seconds")
 # A quotient of a time and a difference of times: its noise has no bound where the two are close.
 DERIVED = ("break_even_requests",)
-SPEED_WORDS = ("roofline", "bandwidth", "speedup", "energy", "exponent")
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,11 @@ def _measured_tolerance(number: Measurement, floor: NoiseFloor | None) -> tuple[
 def _tolerance(metric: str, unit: str, old: Measurement | None, new: Measurement | None) -> tuple[float, str]:
     """The largest difference that is noise, and the rule it follows from."""
     size = abs(old.value) if old and old.value is not None else 0.0
-    if metric == "compress_seconds":
-        return COMPRESS_RELATIVE * size, f"{COMPRESS_RELATIVE:.0%} of compression time"
-    if metric.endswith(SPEED_SUFFIXES) or any(word in metric for word in SPEED_WORDS):
+    if share := assumed(metric):
         noise = max(_half_width(old), _half_width(new))
-        if noise > SPEED_RELATIVE * size:
+        if noise > share * size:
             return noise, "95 % interval"
-        return SPEED_RELATIVE * size, f"{SPEED_RELATIVE:.0%} of speed"
+        return share * size, f"{share:.0%} of {'compression time' if metric == 'compress_seconds' else 'speed'}"
     if "peak" in metric:
         if MEMORY_PEAK_RELATIVE * size < MEMORY_PEAK_BYTES:
             return MEMORY_PEAK_BYTES, "pages of the allocator"

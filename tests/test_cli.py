@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import GROUPS, options
+from harness.cli import GROUPS, check_names, composed, main, options
+from harness.errors import ConfigError
 from harness.records import read_records
 from harness.run import ROOT
 from tests.benchmarks.kill_sweep import drafts, killed_at, quality, start
@@ -84,6 +85,60 @@ def test_a_typo_gets_the_valid_names_and_the_nearest(arguments, messages):
     assert answer.returncode == 2
     for message in messages:
         assert message in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["method=rtn", "bits=3,4"], ["bits=3,4: several values", "-m", "python -m harness -m method=rtn bits=3,4"]),
+        (["gptq"], ["'gptq' is no KEY=VALUE", "Did you mean method=gptq?"]),
+        (["--bits", "4"], ["--bits: written without dashes, as bits=VALUE"]),
+        (["grid=nf4"], ["grid@method.grid=nf4"]),
+        (["model=local", "model.path=/a=b(1)"], ["quotes of its own", "model.path='/a=b(1)'"]),
+        (["method=rtn", "paths.results=/dev/null/x"], ["paths.results=/dev/null/x: ", "name a folder"]),
+    ],
+)
+def test_what_is_no_run_is_said_before_anything_starts(arguments, messages, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    for message in messages:
+        assert message in said
+
+
+def test_values_of_the_options_of_hydra_are_no_names():
+    """`-sc install=bash` makes tab completion, as docs/quick-start.md says."""
+    assert check_names(["-sc", "install=bash"]) == check_names(["--cfg", "job", "-m", "bits=3,4"]) == ""
+    assert "is no KEY=VALUE" in check_names(["-m", "gptq"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["method.grid.group_sizes=64"], ["unknown option 'method.grid.group_sizes'", "mean method.grid.group_size?"]),
+        (["method.gird.group_size=64"], ["unknown option 'method.gird'", "Did you mean method.grid?"]),
+        (["model=tiny", "model.path=/x"], ["unknown option 'model.path'", "model.path is known to model=local"]),
+        (["bits.x=3"], ["bits is one value and has no parts"]),
+        (["method=dense", "grid@method.grid=nf4"], ["method=dense has no such part"]),
+        (["bits=3,4"], ["bits=3,4: one run has one value"]),
+        (["force=no"], ["force=no: must be true or false"]),
+        (["seed=one"], ["seed=one: must be a whole number"]),
+        (["seed=-1"], ["seed=-1: must be a whole number"]),
+    ],
+)
+def test_names_and_values_that_nothing_has_are_refused_in_words(overrides, messages):
+    with pytest.raises(ConfigError) as error:
+        composed(["method=gptq", *overrides] if "method=dense" not in overrides else overrides)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_hydra_s_own_errors_end_with_2_and_our_words():
+    answer = call("method=gptq", "method.grid.group_sizes=64")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("unknown option 'method.grid.group_sizes'. Did you mean method.grid.group_size?")
 
 
 def test_an_impossible_value_is_refused_and_leaves_nothing(settings, tmp_path):

@@ -60,8 +60,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 def write_report(results: Path, output: Path, options: dict[str, str], command: str) -> list[str]:
     """Write the page atomically and return why records could not be read.
 
-    Raises ConfigError where there is nothing to read, no record of a model or hardware that was asked for, or nothing
-    that draws.
+    Raises ConfigError where there is nothing to read, no record of a model or hardware that was asked for, nothing
+    that draws, or no permission to write.
     """
     import gc
     import importlib.util
@@ -83,7 +83,10 @@ def write_report(results: Path, output: Path, options: dict[str, str], command: 
     found.folders = {folder: [r for r in records if id(r) in kept] for folder, records in found.folders.items()}
     data, broken = page_data(found, options.get("paths.results", "")), found.broken
     del found  # what follows needs the memory
-    write_bytes_atomically(page(data, command, script), output)
+    try:
+        write_bytes_atomically(page(data, command, script), output)
+    except OSError as error:  # records of others, for instance
+        raise ConfigError(f"output={output}: {error.strerror}; output=FILE writes the page elsewhere") from error
     gc.enable()
     return broken
 

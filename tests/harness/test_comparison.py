@@ -123,13 +123,21 @@ def test_the_exact_test_in_a_note_counts_against_dense():
     assert Judge().same_as_dense([arm(record("awq", 4), "accuracy", CLOZE)], None) != set()
 
 
-def test_a_number_without_interval_is_exact_until_a_noise_floor_covers_the_difference():
+def test_a_size_is_exact_and_a_time_without_an_interval_is_not_until_a_noise_floor_says_what_it_is():
     one, other = record("gptq", 4), record("awq", 4)
-    arms = arm(one, "decode_tokens_per_second", SPEED), arm(other, "decode_tokens_per_second", SPEED)
-    gap = abs(arms[0][1].value / arms[1][1].value - 1)
+    times, sizes = (
+        (arm(one, metric, on), arm(other, metric, on))
+        for metric, on in (("decode_tokens_per_second", SPEED), ("stored_bytes", "artifact on disk"))
+    )
+    bare = tuple((r, replace(m, interval=None)) for r, m in times)
+    gap = abs(bare[0][1].value / bare[1][1].value - 1)
     assert 0 < gap < 0.05
-    assert Judge().p_value(*arms) is None
+    assert Judge().p_value(*bare) == 1.0
+    assert Judge().ties([bare[0], bare[1]], bare[0]) == {one.id, other.id}
+    far = (bare[1][0], replace(bare[1][1], value=1.2 * bare[0][1].value))
+    assert Judge().p_value(bare[0], far) is None
+    assert Judge().p_value(sizes[0], (sizes[1][0], replace(sizes[1][1], value=sizes[0][1].value + 1))) is None
     for share, expected in ((2 * gap, 1.0), (gap / 2, None)):
         spreads = {"decode_tokens_per_second": {SPEED: share}}
         floor = NoiseFloor(EPYC, "cpu", 2, 5, "GPTQ", "2026-11-26", spreads)
-        assert Judge(floors=NoiseFloors({floor.key: floor})).p_value(*arms) == expected
+        assert Judge(floors=NoiseFloors({floor.key: floor})).p_value(*bare) == expected

@@ -19,7 +19,7 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.records import Measurement, write_record
-from harness.report.__main__ import parse
+from harness.report.__main__ import main, parse
 from harness.report.axes import AXES, LOSS, axes_of, fronts
 from harness.report.data import MOST_STEPS, Found, packed, page_data, read_folders, rounded
 from harness.report.page import json_for_script, page, plotting_library
@@ -196,6 +196,12 @@ def test_options_are_named_and_near_misses_answered():
         parse(["path.results=DIR"])
     with pytest.raises(ConfigError, match="OPTION=VALUE"):
         parse(["published"])
+
+
+def test_a_page_that_cannot_be_written_is_said_with_the_way_out(tmp_path, capsys):
+    write_all([record("dense"), record("gptq", 4)], tmp_path)
+    assert main([f"paths.results={tmp_path}", "output=/dev/null/page.html"]) == 2
+    assert "output=FILE writes the page elsewhere" in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():

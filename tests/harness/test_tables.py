@@ -521,6 +521,13 @@ def test_command_writes_four_formats_and_prints_markdown(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "tables").iterdir()} == {f"table_1.{s}" for s in ("md", "tex", "html", "csv")}
 
 
+def test_tables_of_records_that_belong_to_others_go_elsewhere(tmp_path):
+    write_all(sweep(), tmp_path / "theirs")
+    assert tables.main(["table_1", f"paths.results={tmp_path / 'theirs'}", f"output={tmp_path / 'mine'}"]) == 0
+    assert len(list((tmp_path / "mine").iterdir())) == 4
+    assert not (tmp_path / "theirs" / "tables").exists()
+
+
 def test_command_for_all_tables(tmp_path, capsys):
     write_all(sweep(), tmp_path)
     assert tables.main(["all", f"paths.results={tmp_path}"]) == 0
@@ -546,6 +553,8 @@ def test_tables_are_the_same_bytes_when_made_again(tmp_path):
         (["table_1", "paths.results={tmp}", "model=smollm2-135m-ggu"], ("Did you mean smollm2-135m-gguf?",)),
         (["table_1", "paths.results={tmp}/absent"], ("no such folder",)),
         (["strict=true"], ("no table named",)),
+        (["table_1", "strict=maybe"], ("strict 'maybe' is not one of true, false",)),
+        (["table_1", "paths.results={tmp}", "output=/dev/null/x"], ("/dev/null/x: ", "output=DIR writes the tables")),
     ],
 )
 def test_what_is_typed_wrong_is_answered_with_the_way_out(arguments, words, tmp_path, capsys):
