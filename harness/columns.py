@@ -150,13 +150,17 @@ def _longest(quantity: Quantity, found: list[Measurement]) -> list[Column]:
 
 
 def _told_apart(columns: list[Column]) -> list[Column]:
-    """Columns of the same head (one task, two ways to judge an answer) get the last part of their `on` added."""
-    heads = [column.head for column in columns]
+    """Columns of the same head (one task asked or judged in two ways) get what their `on` differ in added."""
+    alike: dict[str, list[str]] = {}
+    for column in columns:
+        if column.on is not None:
+            alike.setdefault(column.head, []).append(column.on)
+    names = {head: _short_names(workloads) for head, workloads in alike.items()}
 
     def apart(column: Column) -> Column:
-        if column.on is None or heads.count(column.head) == 1:
+        if column.on is None or len(alike[column.head]) == 1:
             return column
-        return replace(column, head=f"{column.head} {column.on.rpartition(', ')[2]}")
+        return replace(column, head=f"{column.head} {names[column.head][column.on]}".rstrip())
 
     return [apart(column) for column in columns]
 

@@ -133,7 +133,11 @@ def _evaluated_text(record: RunRecord) -> Any:
 
 
 def _protocol(record: RunRecord) -> frozenset[tuple[str, str]]:
-    return frozenset([(m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS])
+    found = {(m.metric, m.on) for m in record.measurements if m.metric in PROTOCOL_METRICS}
+    text = (record.environment.get("text") or {}).get("evaluation") or {}
+    if "sha256" in text and any(metric == "perplexity" for metric, _ in found):
+        found.add(("text", str(text["sha256"])))  # a file may change and keep its name
+    return frozenset(found)
 
 
 def _kinship(record: RunRecord, others: list[RunRecord]) -> tuple[int, int]:
