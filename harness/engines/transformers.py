@@ -397,10 +397,14 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def kv_cache_bytes(self, dtype: torch.dtype, context_tokens: int) -> int:
-        """Bytes that a real KV cache holds of one sequence of so many tokens; entries as in the function above."""
+        """Bytes that a real KV cache holds of one sequence of so many tokens; entries as in the function above.
+
+        The last token comes alone, as in decoding: a cache that forgets holds what was read at once until the next one.
+        """
         tokens = torch.zeros(1, context_tokens, dtype=torch.long, device=self.module.device)
         cache = self.new_cache()
-        for part in self._parts(tokens):
+        before, last = tokens.split([context_tokens - 1, 1], dim=1)
+        for part in (*(self._parts(before) if context_tokens > 1 else ()), last):
             self._read(self.module.base_model, part, cache)
         return held_bytes(cache, dtype)
 
