@@ -40,6 +40,15 @@ def test_every_method_composes_and_builds(method):
     assert {"title", "taxonomy", "paper", "bits", "calibrates", "departures", "version"} <= set(config["card"])
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if "/grid@" in (CONF / "method" / f"{m}.yaml").read_text()])
+def test_a_row_has_the_bits_of_its_grids_also_where_they_were_changed(method):
+    text = (CONF / "method" / f"{method}.yaml").read_text()
+    place = "method.inner" if "/grid@method.inner." in text else "method"
+    others = [f"inputs@{place}.inputs=none"] if "/inputs@" in text else []
+    card = resolved(f"method={method}", "bits=6", f"grid@{place}.grid=int_tensor", *others)["card"]
+    assert (card["bits"], card.get("activation_bits")) == (6, None)
+
+
 @pytest.mark.parametrize("model", [name for name in options("model") if name != "local"])
 def test_every_model_composes_and_builds(model):
     section = resolved(f"model={model}")["model"]
