@@ -60,6 +60,9 @@ class Corpus:
     window: int
 
     def __post_init__(self) -> None:
+        for name in ("samples", "window"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"calibration.{name}={getattr(self, name)}: must be a whole number")
         if self.samples < 1:
             raise ConfigError(f"calibration.samples={self.samples}: must be at least 1")
         if self.window < 8:

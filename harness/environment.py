@@ -79,6 +79,8 @@ class Hardware:
             value = getattr(self, field)
             if value not in allowed:
                 raise ConfigError(f"hardware.{field}={value}: choose one of {', '.join(allowed)}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ConfigError(f"hardware.device={self.device}: choose cpu or cuda")
         if self.attention is not None:
             from harness.engines.attention import check_name
 
@@ -88,6 +90,9 @@ class Hardware:
         self._check_devices()
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"hardware.threads={self.threads}: must be at least 1, or null for all cores")
+        for field in ("compress_seconds_limit", "evaluate_seconds_limit"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(f"hardware.{field}={getattr(self, field)}: must be greater than 0")
 
     def _check_devices(self) -> None:
         several = f"hardware.devices={self.devices}"

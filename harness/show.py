@@ -115,7 +115,7 @@ def _interval(m: Measurement) -> str:
 
 
 def _cost(cost: dict[str, Any], width: int) -> str:
-    known = {key: value for key, value in _flat(cost) if value is not None}
+    known = {key: value for key, value in _flat(cost) if value is not None and value != {}}
     rows = [
         [f"  {key.replace('_', ' ')}", _value(v) if isinstance(v, int | float) else str(v)] for key, v in known.items()
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import run
 from harness.cli import GROUPS, check_names, composed, main, options
 from harness.errors import ConfigError
 from harness.records import read_records
@@ -133,6 +134,21 @@ def test_names_and_values_that_nothing_has_are_refused_in_words(overrides, messa
         composed(["method=gptq", *overrides] if "method=dense" not in overrides else overrides)
     for message in messages:
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("calibration.samples=1.5", "must be a whole number"),
+        ("calibration.window=long", "must be a whole number"),
+        ("hardware.device=cdua", "choose cpu or cuda"),
+        ("hardware.compress_seconds_limit=0", "must be greater than 0"),
+    ],
+)
+def test_values_that_would_fail_in_a_stage_are_refused_before_it(value, words, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(f"{value}: {words}")):
+        run("method=gptq", "model=tiny", *SETTINGS, value, f"paths.results={tmp_path}")
+    assert not (tmp_path / "records").exists()
 
 
 def test_hydra_s_own_errors_end_with_2_and_our_words():
