@@ -19,6 +19,7 @@ import numpy as np
 
 from harness import statistics
 from harness.errors import ConfigError, RunError
+from harness.json_lines import json_rows
 from harness.records import Measurement
 
 if TYPE_CHECKING:
@@ -251,10 +252,7 @@ def _localised(config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]
 def _rows(path: Path) -> Any:
     from datasets import Dataset
 
-    try:
-        return Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line])
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON Lines: {error}") from error
+    return Dataset.from_list(list(json_rows(path)))
 
 
 def _processed(rows: Any, process: Callable[[Any], Any] | None) -> Any:

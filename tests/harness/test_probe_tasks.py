@@ -148,6 +148,21 @@ def test_nothing_moves_the_global_generators(folder, tmp_path):
     assert random.getstate() == states[2]
 
 
+def test_a_separator_of_lines_inside_a_question_ends_no_row(folder, tmp_path):
+    """U+2028 may stand in JSON as it is; it does in GSM8K."""
+    path = Path(folder) / "arc_easy/test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[7]["question"] = "a\u2028b\x85c"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    ctx = context(tmp_path)
+    list(Tasks(["arc_easy"], limit=None, data=folder).measure(language_model(), ctx))
+    asked = pd.read_parquet(ctx.samples / "tasks-arc_easy.parquet").query("metric == 'accuracy'")
+    assert len(asked) == len(rows)
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(RunError, match=f"line {len(rows)}: "):
+        list(Tasks(["arc_easy"], data=folder).measure(language_model(), ctx))
+
+
 def test_wrong_names_folders_and_splits_say_the_way_out(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean.*wikipedia_cloze"):
         Tasks(["wikipedia_close"])
