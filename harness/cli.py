@@ -81,6 +81,8 @@ def main() -> None:
                 again = shlex.join(["python", "-m", "harness", "-m", *arguments])
                 raise ConfigError(f"{several}: several values make a sweep, which -m asks for: {again}")
             sys.argv[1:] = sweepable(overrides)
+            if _sweeps(arguments):
+                _check_first_job(sys.argv[1:])
             _check_results_folder(arguments)
         except ConfigError as error:
             problem = str(error)
@@ -231,6 +233,27 @@ def _of_several_values(overrides: Sequence[str]) -> str:
         if override.is_sweep_override():
             return text
     return ""
+
+
+def _check_first_job(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a key that the first job of a sweep has no place for: Hydra ends there, in its words."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    first = []
+    try:
+        for override in parser.parse_overrides([text for text in overrides if "=" in text and text[0] != "-"]):
+            line = override.input_line
+            if override.is_sweep_override():
+                line = f"{line.partition('=')[0]}={next(override.sweep_string_iterator())}"
+            first.append(line)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            compose("config", overrides=first)
+    except HydraException as error:
+        if re.search(r"Could not override '[\w.]+'", str(error)):
+            raise ConfigError(_explained(error, first)) from error
 
 
 def _explained(error: Exception, overrides: Sequence[str]) -> str:

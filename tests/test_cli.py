@@ -151,10 +151,27 @@ def test_values_that_would_fail_in_a_stage_are_refused_before_it(value, words, t
     assert not (tmp_path / "records").exists()
 
 
-def test_hydra_s_own_errors_end_with_2_and_our_words():
-    answer = call("method=gptq", "method.grid.group_sizes=64")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["method=gptq", "method.grid.group_sizes=64"],
+            "unknown option 'method.grid.group_sizes'. Did you mean method.grid.group_size?",
+        ),
+        (
+            ["-m", "method=rtn,gptq", "hardware.thread=1"],
+            "unknown option 'hardware.thread'. Did you mean hardware.threads?",
+        ),
+        (
+            ["experiment=smoke", "seed=1,2", "hardware.step=x"],
+            "unknown option 'hardware.step'. Did you mean hardware.steps?",
+        ),
+    ],
+)
+def test_hydra_s_own_errors_end_with_2_and_our_words(arguments, message):
+    answer = call(*arguments)
     assert answer.returncode == 2
-    assert answer.stderr.startswith("unknown option 'method.grid.group_sizes'. Did you mean method.grid.group_size?")
+    assert answer.stderr.startswith(message)
 
 
 def test_an_impossible_value_is_refused_and_leaves_nothing(settings, tmp_path):
