@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.frontier import frontier
+from harness.noise_floor import assumed
 from harness.records import Measurement, RunRecord
 
 LOSS = "loss"
@@ -44,13 +45,17 @@ class Axis:
         return found if found is not None and found.value is not None else None
 
     def drawn(self, record: RunRecord, reference: bool) -> tuple[float, float, float] | None:
-        """Value and ends of the interval as drawn, the value thrice without one. reference: whether it is dense."""
+        """Value and ends of the interval as drawn. reference: whether it is dense.
+
+        Without an interval the value stands for its ends, but for a time, which does not repeat exactly.
+        """
         found = self.find(record)
         if found is None:
             return (self.dense,) * 3 if reference and self.dense is not None else None
         value = self.factor * found.value + self.offset
         if not found.interval:
-            return value, value, value
+            half = assumed(self.metric) / 2 * abs(value)  # on each side of a difference
+            return value, value - half, value + half
         low, high = (self.factor * end + self.offset for end in found.interval)
         return value, min(low, high), max(low, high)
 

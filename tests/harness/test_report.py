@@ -46,6 +46,19 @@ def test_losses_are_drawn_so_that_less_is_better():
     assert axis("perplexity_ratio").drawn(run, reference=False) == pytest.approx((25, 20, 30))
 
 
+def test_one_timing_is_no_exact_number():
+    """10 % of a speed and 30 % of seconds to compress are taken for noise, as in the tables; sizes repeat."""
+    times = [Measurement("time_per_output_token_ms", 20.0, "ms", "x", "lower")]
+    times += [
+        Measurement("compress_seconds", 20.0, "s", "x", "lower"),
+        Measurement("stored_bytes", 2e7, "B", "x", "lower"),
+    ]
+    run = replace(record("rtn", 4), measurements=times)
+    assert axis("time_per_output_token_ms").drawn(run, reference=False) == pytest.approx((20, 19, 21))
+    assert axis("compress_seconds").drawn(run, reference=False) == pytest.approx((20, 17, 23))
+    assert axis("stored_bytes").drawn(run, reference=False) == pytest.approx((20, 20, 20))
+
+
 def test_dense_loses_nothing_by_definition_and_others_only_what_was_measured():
     dense, other = record("dense"), replace(record("rtn", 4), measurements=[])
     for metric in ("perplexity_ratio", "kl_divergence", "top1_agreement", "accuracy_difference", "flips"):
