@@ -191,8 +191,8 @@ def _check_results_folder(arguments: Sequence[str]) -> None:
     """Raises ConfigError where results cannot be written: Hydra's own folder is the first thing below."""
     if any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments):
         return  # nothing is run
-    named = [value for argument in arguments if argument.startswith("paths.results=") for value in [argument[14:]]]
-    folder = Path((named or ["results"])[-1].strip("'\""))
+    named = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == "paths.results"]
+    folder = Path(named[-1].strip("'\"") if named else "results")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

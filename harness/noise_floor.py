@@ -91,7 +91,10 @@ class NoiseFloors:
 
 
 def assumed(metric: str) -> float:
-    """What two runs are taken to differ by, as a share, where no floor was measured; 0 for what is not a time."""
+    """What two runs are taken to differ by, as a share, where no floor was measured.
+
+    Of times and what is made of them: speeds, energy, speed-ups. 0 for what repeats exactly.
+    """
     if metric == "compress_seconds":
         return COMPRESS_RELATIVE
     return SPEED_RELATIVE if metric.endswith(SPEED_SUFFIXES) or any(word in metric for word in SPEED_WORDS) else 0.0
