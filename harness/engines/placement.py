@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -173,12 +172,27 @@ def dispatch(module: nn.Module, places: dict[str, str], folder: str | None = Non
         if place != "disk":  # within a part nothing moves, and looking for it would cost as much as a small product
             for child in part.children():
                 remove_hook_from_module(child, recurse=True)
-        if place.startswith("cuda"):  # Triton launches its kernels on the current device, wherever their tensors are
-            part.register_forward_pre_hook(partial(_enter, place))
+        if place.startswith("cuda"):
+            run_on(place, part)
 
 
-def _enter(place: str, _part: nn.Module, _args: tuple) -> None:
-    torch.cuda.set_device(place)
+def run_on(place: str, part: nn.Module) -> None:
+    """Make a part's GPU the current one while the part runs, and the one before it again afterwards, errors included.
+
+    Triton launches its kernels on the current device, wherever their tensors are: another one's stream would not wait
+    for what these are made by.
+    """
+    before: list[int] = []
+
+    def enter(_part: nn.Module, _args: tuple) -> None:
+        before.append(torch.cuda.current_device())
+        torch.cuda.set_device(place)
+
+    def leave(_part: nn.Module, _args: tuple, _output: Any) -> None:
+        torch.cuda.set_device(before.pop())
+
+    part.register_forward_pre_hook(enter)
+    part.register_forward_hook(leave, always_call=True)
 
 
 def is_divided(module: nn.Module) -> bool:

@@ -158,6 +158,28 @@ def test_within_a_part_nothing_looks_for_devices(trained_folder, two_places):
     assert hooked == {"", *placement.parts(module)}
 
 
+def test_a_part_leaves_the_current_gpu_as_it_found_it(monkeypatch):
+    """Also when it fails: what runs next, another model perhaps, launches its kernels there."""
+    current, seen = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: current.__setitem__(0, place))
+
+    class Part(torch.nn.Module):
+        def forward(self, x):
+            seen.append(current[0])
+            if x < 0:
+                raise ValueError
+            return x if x == 0 else self(x - 1)
+
+    part = Part()
+    placement.run_on("cuda:1", part)
+    assert part(1) == 0
+    with pytest.raises(ValueError):
+        part(-1)
+    assert seen == ["cuda:1"] * 3
+    assert current == [0]
+
+
 # ---- what cannot
 
 
