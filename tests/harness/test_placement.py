@@ -168,13 +168,13 @@ def test_a_part_leaves_the_current_gpu_as_it_found_it(monkeypatch):
         def forward(self, x):
             seen.append(current[0])
             if x < 0:
-                raise ValueError
+                raise RunError("fails")
             return x if x == 0 else self(x - 1)
 
     part = Part()
     placement.run_on("cuda:1", part)
     assert part(1) == 0
-    with pytest.raises(ValueError):
+    with pytest.raises(RunError, match="fails"):
         part(-1)
     assert seen == ["cuda:1"] * 3
     assert current == [0]
