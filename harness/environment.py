@@ -98,6 +98,11 @@ class Hardware:
         several = f"hardware.devices={self.devices}"
         if self.devices < 1:
             raise ConfigError(f"{several}: must be at least 1")
+        if training_processes() > 1 and ":" in self.device:
+            raise ConfigError(
+                f"hardware.device={self.device} with {training_processes()} processes that train together: each has "
+                "one GPU; choose hardware.device=cuda (CUDA_VISIBLE_DEVICES says which GPUs)"
+            )
         if self.devices == 1:
             return
         if self.device != "cuda":
@@ -170,6 +175,11 @@ def telling(hardware: dict[str, Any]) -> dict[str, Any]:
 def training_processes() -> int:
     """How many processes train a student together, as their launcher says in WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """Which of them this is; the one with rank 0 measures and writes."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _cpu_flags() -> set[str]:

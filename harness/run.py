@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from harness import claims, environment, launching, sanity, stages
+from harness import claims, environment, launching, sanity, stages, together
 from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_default, places_of
 from harness.errors import ConfigError, RunError
 from harness.evaluation import kept_measurements
@@ -118,10 +118,28 @@ def run(
     timing: "later" leaves out the stage that times, and with it the record; a run without it does only that stage.
     track: called with every record that this call writes, the dense baseline's included.
     Failures of a stage become a record with status "failed"; configuration errors leave none.
+    Of several processes that a launcher started, the one with rank 0 does all this; the others train along.
     """
     title = describe(config)
-    if int(os.environ.get("RANK", "0")):  # started by accelerate launch beside the process that writes
-        return _along(config, paths, title)
+    beside = environment.process_rank() > 0
+    if beside and not _trains(config["method"]):
+        return Outcome("skipped", title, "nothing to train; the process of rank 0 does it all")
+    try:
+        with together.turn(digest_of(config)) if _trained_together(config) else nullcontext():
+            return _along(config, paths, title) if beside else _run(config, paths, title, force, timing, say, track)
+    except ConfigError as error:
+        return Outcome("refused", title, str(error))
+
+
+def _run(
+    config: dict[str, Any],
+    paths: Paths,
+    title: str,
+    force: bool,
+    timing: Timing,
+    say: Callable[[str], None],
+    track: Callable[[RunRecord], None] | None,
+) -> Outcome:
     try:
         if timing not in get_args(Timing):
             raise ConfigError(f"timing={timing}: choose one of {', '.join(get_args(Timing))}")
@@ -136,8 +154,6 @@ def run(
         getattr(parts.method, "check_available", lambda: None)()  # another project's library, before weights load
         parts.engine.check_available()
         compared = _baseline_needed(config, parts)
-    except ConfigError as error:
-        return Outcome("refused", title, str(error))
     except ValueError as error:
         return Outcome("failed", title, str(error))
     reference = None
@@ -187,32 +203,34 @@ def _recorded(config: dict[str, Any], path: Path, paths: Paths) -> Outcome | Non
 def _along(config: dict[str, Any], paths: Paths, title: str) -> Outcome:
     """Train with the process of rank 0, which alone measures and writes; nothing of this one is kept."""
     try:
+        stages.warm_up()
+        called = together.await_call(digest_of(config))
+        if not called:
+            return Outcome("skipped", title, "not trained; the process of rank 0 says why")
         parts = build(config)
         artifact = paths.scratch / "artifacts" / digest_of(compression_identity(identity(config)))
         stages.run_stage(
             "compress",
             compress,
-            {"config": config, "cache": str(paths.cache), "artifact": str(artifact), "statistics": ""},
+            {"config": config, "cache": str(paths.cache), "artifact": str(artifact), "called": called},
             seconds_limit=parts.hardware.compress_seconds_limit,
             threads=parts.hardware.thread_count,
-            log=paths.scratch / "logs" / f"rank-{os.environ['RANK']}.txt",
+            log=paths.scratch / "logs" / f"rank-{environment.process_rank()}.txt",
         )
-    except ConfigError as error:
-        return Outcome("refused", title, str(error))
-    except stages.StageFailure as failure:
-        return Outcome("failed", title, failure.reason)
+    except (RunError, stages.StageFailure) as failure:
+        return Outcome("failed", title, str(failure))
     return Outcome("skipped", title, "trained along; the process of rank 0 writes the record")
 
 
 def rerun(record: RunRecord, results: Path, cache: Path | None = None) -> RunRecord:
     """Run a record's configuration again into another results folder, its baseline included.
 
-    Raises RunError when that fails, or when it was trained by another number of processes than run here.
+    Raises RunError when that fails, or when several processes trained it: they need a folder that all of them know.
     """
     from harness.wheels import default_cache
 
     count = record.environment.get("training_processes", 1)
-    if count != environment.training_processes():
+    if max(count, environment.training_processes()) > 1:
         raise RunError(
             f"{record.id} was trained by {count} processes together, which decides what a step reads: run its command "
             f"again by accelerate launch --num_processes {count}, into another folder, and compare"
@@ -324,6 +342,10 @@ def _trains(section: Any) -> bool:
     return isinstance(section, dict) and ("training" in section or any(map(_trains, section.values())))
 
 
+def _trained_together(config: dict[str, Any]) -> bool:
+    return _trains(config["method"]) and environment.training_processes() > 1
+
+
 def _by_content(section: dict[str, Any]) -> dict[str, Any]:
     """A section with what it reads named by content instead of by place: files may move, and may change."""
     kept = {}
@@ -350,6 +372,8 @@ def _file_state(path: Path) -> Any:
 def compression_identity(wanted: dict[str, Any]) -> dict[str, Any]:
     """What a compressed model depends on: everything but the evaluation."""
     own = {key: wanted[key] for key in ("card", "method", "processes", "trained_in") if key in wanted}
+    if wanted["hardware"].get("sharded"):
+        own["sharded"] = True  # the same weights to rounding, not the same
     return calibration_identity(wanted) | own
 
 
@@ -533,6 +557,8 @@ def _compress(
     for left in artifact.parent.glob(f"{artifact.name}.*.partial"):  # by a process that was killed: the claim is ours
         shutil.rmtree(left, ignore_errors=True)
     remove_drafts(artifact)
+    if _trained_together(shared["config"]):
+        shared = {**shared, "called": together.call_others(digest_of(shared["config"]))}
     result = stages.run_stage(
         "compress",
         compress,
@@ -547,8 +573,13 @@ def _compress(
     return report
 
 
-def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str) -> dict[str, Any]:
-    """The compress stage, in a child process: load, compress, save; what it cost and where the model came from."""
+def compress(
+    config: dict[str, Any], cache: str, artifact: str, statistics: str = "", called: str = ""
+) -> dict[str, Any]:
+    """The compress stage, in a child process: load, compress, save; what it cost and where the model came from.
+
+    called: where processes that train together meet.
+    """
     import torch
 
     from harness import artifact as artifacts
@@ -569,7 +600,7 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         base.module.to("cpu")
     scratch = folder.with_name(folder.name + ".work")
     scratch.mkdir(parents=True, exist_ok=True)
-    beside = int(os.environ.get("RANK", "0")) > 0  # trains along and writes nothing, see _along
+    beside = environment.process_rank() > 0  # trains along and writes nothing, see _along
     learned = TrainingLog(None if beside else scratch / "curves.jsonl")
     generator = torch.Generator().manual_seed(config["seed"])
     bench = Bench(
@@ -583,6 +614,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
         device if by_block else None,
         parts.hardware.sharded,
     )
+    if called:
+        together.meet(called, device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     watch = environment.ForeignLoad(parts.hardware.thread_count)
@@ -591,8 +624,8 @@ def compress(config: dict[str, Any], cache: str, artifact: str, statistics: str)
     if on_gpu:
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-    together = environment.training_processes() > 1  # they are no foreign load, and not this process's children
-    foreign_load = "" if together else watch.note()
+    # who train together are no foreign load, and not this process's children
+    foreign_load = "" if environment.training_processes() > 1 else watch.note()
     provenance = parts.corpus.provenance(base.tokenizer)
     if beside:
         return {}
@@ -727,9 +760,9 @@ def _cost_measurements(cost: dict[str, Any]) -> list[Measurement]:
 
 
 def _environment(hardware: environment.Hardware, engine: EngineChoice) -> dict[str, Any]:
-    outside, together = engine.versions(), environment.training_processes()
+    outside, several = engine.versions(), environment.training_processes()
     return {
-        **({"training_processes": together} if together > 1 else {}),
+        **({"training_processes": several} if several > 1 else {}),
         **({"engine_versions": outside} if outside else {}),
         "machine": environment.machine(),
         "threads": hardware.thread_count,
@@ -780,16 +813,16 @@ class _Callable(types.ModuleType):
     def __call__(self, *overrides: str) -> RunRecord | None:
         """One run, said as on the command line: run("method=gptq", "bits=3"); its record.
 
-        A finished record is returned at once; None for timing=later, which leaves none. In a script the call belongs
-        below `if __name__ == "__main__":`, because stages run in processes that import the script. Raises ConfigError
-        for what cannot be run, RunError for what failed.
+        A finished record is returned at once; None for timing=later, which leaves none, and in processes that only
+        train along. In a script the call belongs below `if __name__ == "__main__":`, because stages run in processes
+        that import the script. Raises ConfigError for what cannot be run, RunError for what failed.
         """
         from harness.cli import composed
 
         outcome = run(*composed(overrides))
         if outcome.status == "refused":
             raise ConfigError(outcome.reason)
-        if outcome.status == "failed" or outcome.record is None:
+        if outcome.status == "failed":
             raise RunError(f"{outcome.title}: {outcome.reason}")
         return None if outcome.status == "untimed" else outcome.record
 

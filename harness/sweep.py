@@ -14,6 +14,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from harness import launching, markup, slurm_queue
+from harness.environment import process_rank
 from harness.errors import ConfigError
 from harness.records import from_json, read_record, to_json, write_json_atomically, write_record
 from harness.redaction import redact
@@ -183,6 +184,8 @@ class SweepSummary(Callback):
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Print the summary; exit with 1 when a run failed, 2 when every run was refused."""
         _begun.clear()
+        if process_rank() > 0:  # trained along: a summary, and a status at which a launcher ends all, are not its own
+            return
         status = _close(_entries(Path(config.hydra.sweep.dir)))
         if status:
             sys.exit(status)

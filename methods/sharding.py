@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.environment import training_processes
+from harness.environment import process_rank, training_processes
 from harness.errors import ConfigError
 from methods.blocks import decoder_blocks
 
@@ -79,7 +79,7 @@ def save_parts(folder: Path, trained: nn.Module, optimizer: Any, scheduler: Any)
     from torch.distributed import checkpoint
 
     checkpoint.save(_state(trained, optimizer), checkpoint_id=folder / PARTS)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_rank() == 0:
         (folder / SCHEDULER).write_text(json.dumps(scheduler.state_dict()), encoding="utf-8")
 
 

@@ -9,7 +9,6 @@ killed goes on from its last checkpoint to exactly the result it would have had.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.environment import training_processes
+from harness.environment import process_rank, training_processes
 from harness.errors import ConfigError, RunError
 from methods import sharding
 from methods.blocks import decoder_blocks
@@ -92,11 +91,6 @@ class TrainingSettings:
     def texts(self) -> int:
         """How many texts one process reads, repeats included."""
         return self.steps * self.batch_size * self.gradient_accumulation
-
-
-def process_rank() -> int:
-    """Which of them this is; the one with rank 0 writes."""
-    return int(os.environ.get("RANK", "0"))
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -437,6 +431,10 @@ def _trainer(
         remove_unused_columns=False,
         log_level="error",
     )
+    if training_processes() == 1:  # on the device of the student: the Trainer would take the first GPU, and all others
+        arguments._n_gpu, arguments._setup_devices = 1, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     if bench.sharded:
         trained.shard()  # the arguments above have brought the processes together
     trainer = (_sharded(Loop) if bench.sharded else Loop)(

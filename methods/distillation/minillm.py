@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.environment import training_processes
+from harness.environment import process_rank, training_processes
 from harness.errors import ConfigError
 from methods.distillation.divergences import (
     Divergence,
@@ -41,7 +41,7 @@ from methods.distillation.on_policy import (
 )
 from methods.distillation.sampling import Sampling, end_marks, sample, uniform_numbers
 from methods.examples import Batch, Example
-from methods.training import TrainingSettings, process_rank
+from methods.training import TrainingSettings
 
 if TYPE_CHECKING:
     from harness.method import Bench, LanguageModel

@@ -211,6 +211,8 @@ def test_several_processes_that_train_have_one_device_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"hardware\.sharded=true"):
         Hardware("h100", "cuda", devices=2)
+    with pytest.raises(ConfigError, match=r"hardware\.device=cuda \("):
+        Hardware("h100", "cuda:1")
 
 
 def test_devices_that_are_not_there_are_counted(monkeypatch):

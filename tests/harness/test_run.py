@@ -162,6 +162,19 @@ def test_what_several_processes_train_is_another_run_than_what_one_does(monkeypa
     assert digest("rtn") == alone["rtn"]
 
 
+def test_a_sharded_training_has_a_model_of_its_own(monkeypatch):
+    """Its weights agree with those of a data-parallel one to rounding, and a record names the bytes it is about."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def model(method: str, *overrides: str) -> dict:
+        return run.compression_identity(run.identity(resolved(f"method={method}", "model=tiny", *overrides)))
+
+    whole = model("word_kd")
+    assert "sharded" not in whole
+    assert model("word_kd", "hardware.sharded=true") == whole | {"sharded": True}
+    assert model("rtn", "hardware.sharded=true") == model("rtn")
+
+
 def test_what_was_trained_in_16_bits_is_no_run_of_today():
     """Training is in float32 now, whatever scores are: a record that is older must not stand for such a run."""
 

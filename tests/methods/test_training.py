@@ -16,6 +16,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import nn
+from transformers import TrainingArguments
 
 from harness import stages
 from harness.errors import ConfigError, RunError
@@ -87,6 +88,21 @@ def test_accumulated_windows_are_a_batch(tmp_path):
     two, _ = trained(tmp_path / "2", TrainingSettings(steps=3, learning_rate=1e-3, gradient_accumulation=2))
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_one_process_trains_on_the_device_of_the_student_alone(monkeypatch, tmp_path):
+    """Where the Trainer sees two devices, the first of them not the student's: the same texts, losses and weights."""
+    settings, made = TrainingSettings(steps=4, learning_rate=1e-3, batch_size=2), TrainingArguments.__post_init__
+    alone, log = trained(tmp_path / "alone", settings)
+
+    def seeing_two(arguments: TrainingArguments) -> None:
+        made(arguments)
+        arguments._n_gpu, arguments._setup_devices = 2, torch.device("meta")
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", seeing_two)
+    among, other = trained(tmp_path / "among", settings)
+    assert (other.tokens, other.curves) == (log.tokens, log.curves)
+    assert all(map(torch.equal, among.parameters(), alone.parameters()))
 
 
 def test_something_can_happen_after_every_step(tmp_path):
