@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 GRAPHS_ON = ("cuda",)  # kinds of devices
 WARM_UP_STEPS = 3  # libraries allocate work space at first use, which a graph must not record
 PROMPT_TOKENS = 2**14  # of all prompts; for more, arithmetic outlasts launching, and a graph would keep their memory
-    2**14
-)  # of a batch's prompts; for more, arithmetic outlasts launching, and a graph would keep their memory
 
 
 @dataclass
