@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 GRAPHS_ON = ("cuda",)  # kinds of devices
 WARM_UP_STEPS = 3  # libraries allocate work space at first use, which a graph must not record
-PROMPT_TOKENS = 2**14  # of all prompts; for more, arithmetic outlasts launching, and a graph would keep their memory
+PROMPT_TOKENS = 2**12  # of all prompts of a batch; for more, arithmetic outlasts launching, and a graph keeps memory
 
 
 @dataclass
@@ -107,18 +107,20 @@ class CapturedSteps:
         if prompt.device.type not in GRAPHS_ON or prompt.numel() > PROMPT_TOKENS:
             return read
         if length not in slot.prompts:
-            slot.prompts[length] = self._captured_prompt(read, prompt.clone()) or read
+            slot.prompts[length] = self._captured_prompt(read, prompt.clone())
         return slot.prompts[length]
 
-    def _captured_prompt(self, read: Callable[[Tensor], Tensor], held: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """`read` as one CUDA graph that reads from `held`; None where it cannot be captured."""
+    def _captured_prompt(self, read: Callable[[Tensor], Tensor], held: Tensor) -> Callable[[Tensor], Tensor]:
+        """`read` as one CUDA graph that reads from `held`, or as it is where it cannot be captured; `state` says so."""
+        name = self.name(held.device, self._compiler)
         try:
             replay = _capture(lambda: read(held), warm_up=1)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.state = f"{self.state}, prompt not captured ({str(error).splitlines()[0]})"
-            return None
+            self.state = f"{name}, prompts plain ({str(error).splitlines()[0]})"
+            return read
+        self.state = f"{name}, prompts too"
 
         def reader(ids: Tensor) -> Tensor:
             held.copy_(ids)

@@ -186,6 +186,7 @@ def test_a_captured_prompt_is_read_anew_for_every_request(monkeypatch):
         expected = torch.stack(list(TransformersEngine(engine.module).generate(prompt, 6)))
         assert torch.equal(torch.stack(list(steps.generate(prompt, 6))), expected)
     assert list(steps._slot.prompts) == [11]
+    assert steps.state.endswith("prompts too")
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash"])
