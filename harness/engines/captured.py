@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,16 +206,22 @@ def static_cache(module: PreTrainedModel, longest: int) -> tuple[Cache, Tensor] 
     return cache, held
 
 
+@cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """The stream of all warm-ups and captures: matrix products have 32 MiB of work space on every stream they meet."""
+    return torch.cuda.Stream()
+
+
 def _capture(step: Callable[[], Tensor], warm_up: int) -> Callable[[], Tensor]:
     """The step as one CUDA graph: what it returns writes its answer into the same memory every time."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         answer = step()
 
     def replay() -> Tensor:
