@@ -4,6 +4,9 @@ A small model's step on a GPU is hundreds of kernels of a few microseconds each,
 longer than running them. A graph launches all of them at once. It needs memory that stays in place: a cache of the
 final length, a buffer for the token. What reads the whole of such a cache reads its empty places too, masked.
 
+Prompts are captured in a graph of their own as long as launching outlasts their arithmetic, so that the time to first
+token is the model's and not the host's.
+
 A large model's step is bound by memory, and what lies between its matrix products (norms, rotations, activations) is
 compiled into fewer kernels on request. That takes a minute or two for every shape of request.
 """
@@ -11,7 +14,8 @@ compiled into fewer kernels on request. That takes a minute or two for every sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 
     from harness.engines.transformers import TransformersEngine
 
+GRAPHS_ON = ("cuda",)  # kinds of devices
 WARM_UP_STEPS = 3  # libraries allocate work space at first use, which a graph must not record
+PROMPT_TOKENS = 2**12  # of all prompts of a batch; for more, arithmetic outlasts launching, and a graph keeps memory
 
 
 @dataclass
@@ -35,6 +41,7 @@ class _Slot:
     held: Tensor  # how many tokens the cache holds
     token: Tensor
     step: Callable[[], Tensor]
+    prompts: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # length -> reads ids [B, length]
 
 
 class CapturedSteps:
@@ -68,9 +75,7 @@ class CapturedSteps:
                 step = self._engine.advance(step, cache).argmax(-1)
                 yield step[:, 0]
             return
-        slot.cache.reset()
-        step = self._engine.advance(prompt, slot.cache).argmax(-1)
-        slot.held.add_(prompt.shape[1])
+        step = self._prompt_reader(slot, prompt)(prompt)
         yield step[:, 0]
         yield from self._steps(slot, step, new_tokens - 1)
 
@@ -89,6 +94,40 @@ class CapturedSteps:
         held = self._slot is not None
         self._shape = self._slot = None
         return held
+
+    def _prompt_reader(self, slot: _Slot, prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        """What reads prompts [B, P] of this shape into the emptied cache and answers with the first token [B, 1]."""
+        length = prompt.shape[1]
+
+        def read(ids: Tensor) -> Tensor:
+            slot.cache.reset()
+            answer = self._engine.advance(ids, slot.cache).argmax(-1)
+            slot.held.add_(length)
+            return answer
+
+        if prompt.device.type not in GRAPHS_ON or prompt.numel() > PROMPT_TOKENS:
+            return read
+        if length not in slot.prompts:
+            slot.prompts[length] = self._captured_prompt(read, prompt.clone())
+        return slot.prompts[length]
+
+    def _captured_prompt(self, read: Callable[[Tensor], Tensor], held: Tensor) -> Callable[[Tensor], Tensor]:
+        """`read` as one CUDA graph that reads from `held`, or as it is where it cannot be captured; `state` says so."""
+        name = self.name(held.device, self._compiler)
+        try:
+            replay = _capture(lambda: read(held), warm_up=1)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.state = f"{name}, prompts plain ({str(error).splitlines()[0]})"
+            return read
+        self.state = f"{name}, prompts too"
+
+        def reader(ids: Tensor) -> Tensor:
+            held.copy_(ids)
+            return replay().clone()
+
+        return reader
 
     @staticmethod
     def _steps(slot: _Slot, step: Tensor, count: int) -> Iterator[Tensor]:
@@ -126,7 +165,7 @@ class CapturedSteps:
             held.add_(1)
             return answer
 
-        if module.device.type != "cuda":
+        if module.device.type not in GRAPHS_ON:
             return _Slot(cache, held, token, step)
         try:
             return _Slot(cache, held, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
@@ -167,16 +206,22 @@ def static_cache(module: PreTrainedModel, longest: int) -> tuple[Cache, Tensor] 
     return cache, held
 
 
+@cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """The stream of all warm-ups and captures: matrix products have 32 MiB of work space on every stream they meet."""
+    return torch.cuda.Stream()
+
+
 def _capture(step: Callable[[], Tensor], warm_up: int) -> Callable[[], Tensor]:
     """The step as one CUDA graph: what it returns writes its answer into the same memory every time."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         answer = step()
 
     def replay() -> Tensor:

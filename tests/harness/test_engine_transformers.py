@@ -175,6 +175,20 @@ def test_layers_with_windows_of_their_own_are_decoded_in_plain_steps_and_the_row
     assert "plain steps" in captured.kernels()
 
 
+def test_a_captured_prompt_is_read_anew_for_every_request(monkeypatch):
+    """The graph's stand-in runs the same work, on the memory it was captured with."""
+    engine = TransformersEngine(causal_model(), steps="captured")
+    steps = CapturedSteps(engine)
+    monkeypatch.setattr("harness.engines.captured._capture", lambda step, warm_up: step)
+    monkeypatch.setattr("harness.engines.captured.GRAPHS_ON", ("cpu",))
+    for seed in range(3):
+        prompt = token_ids(2, 11, seed)
+        expected = torch.stack(list(TransformersEngine(engine.module).generate(prompt, 6)))
+        assert torch.equal(torch.stack(list(steps.generate(prompt, 6))), expected)
+    assert list(steps._slot.prompts) == [11]
+    assert steps.state.endswith("prompts too")
+
+
 @pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash"])
 def test_implementations_of_attention_agree_and_name_themselves(name):
     module, tokens = causal_model(), token_ids(2, 24)
