@@ -95,7 +95,8 @@ def _stopped(lm: LanguageModel, ids: list[int], stops: Sequence[str]) -> str | N
     if not stops:
         return None
     tail = ids[-BYTES_A_CHARACTER * max(map(len, stops)) - BYTES_A_CHARACTER :]  # a stop ends with the newest token
-    if not any(stop in lm.tokenizer.decode(tail) for stop in stops):
+    written = lm.tokenizer.decode(tail)
+    if not any(stop in written for stop in stops):
         return None
     text = lm.tokenizer.decode(ids)
     return min((text.partition(stop)[0] for stop in stops), key=len)

@@ -84,6 +84,7 @@ class EngineLM(TemplateLM):
             predicting = torch.cat([row[len(ids) - n : len(ids)] for row, (ids, n) in zip(hidden, spans, strict=True)])
             targets = [requests[index][2][-n:] for index, (_, n) in zip(batch, spans, strict=True)]
             scores, greedy = self._continuation(predicting, torch.tensor([id for ids in targets for id in ids]))
+            scores, greedy = scores.cpu(), greedy.cpu()  # once a batch: every look at a GPU makes it wait
             counts = [n for _, n in spans]
             for index, own, same in zip(batch, scores.split(counts), greedy.split(counts), strict=True):
                 results[index] = (float(own.sum()), bool(same.all()))

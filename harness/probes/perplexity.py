@@ -209,8 +209,8 @@ def _compare(
             found["kl"] = kl_divergence(theirs, ours)
             found["top1_agrees"] = (theirs.argmax(-1) == ours.argmax(-1)).to(torch.uint8)
         for name, values in found.items():
-            parts.setdefault(name, []).append(values.cpu())
-    return {name: torch.cat(values) for name, values in parts.items()}
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values).cpu() for name, values in parts.items()}  # once: every look at a GPU makes it wait
 
 
 def _losses(path: Path, ours: pd.DataFrame) -> np.ndarray:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parents[1] / "tasks"
 METRICS = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "accuracy_norm"}  # lm-eval's name: ours
+TEMPLATES_KEPT = 1024
 ARMS = ["task", "filter", "metric", "doc_id", "on"]  # what identifies an outcome in both arms
 
 
@@ -205,15 +206,26 @@ def _definition(name: str) -> Path:
     package = importlib.util.find_spec("lm_eval")
     if package is None:
         raise ConfigError("tasks need the package lm-eval: pip install lm-eval")
-    pattern = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+    files = _yaml_files(Path(package.submodule_search_locations[0], "tasks"))
     names = {built.name for built in BUILT_IN.iterdir() if built.is_dir()}
-    for path in sorted(Path(package.submodule_search_locations[0], "tasks").rglob("*.yaml")):
-        defined = {match.decode() for match in pattern.findall(path.read_bytes())}
+    for path in sorted(files, key=lambda path: path.stem != name):  # nearly always the one that is named like it
+        defined = _defined_in(path)
         if name in defined:
             return path
         names |= defined
     near = difflib.get_close_matches(name, sorted(names), n=3)
     raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+
+
+@cache
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.yaml"))
+
+
+def _defined_in(path: Path) -> set[str]:
+    """Tasks and groups that a YAML file defines."""
+    pattern = rb"^(?:task|group):[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*(?:#.*)?$"
+    return {match.decode() for match in re.findall(pattern, path.read_bytes(), re.MULTILINE)}
 
 
 def _local_files(folder: Path, name: str) -> dict[str, Path]:
@@ -265,19 +277,25 @@ def _processed(rows: Any, process: Callable[[Any], Any] | None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and remarks of lm-eval and datasets: progress is ours to show."""
+    """Without the bars and remarks of lm-eval and datasets: progress is ours to show. Templates are compiled once.
+
+    lm-eval compiles a task's few templates anew for every question, most of the time that it takes beside the model.
+    """
     import datasets
     import lm_eval.api.task
+    import lm_eval.utils
     from tqdm import tqdm
 
-    logger = logging.getLogger("lm_eval")
+    logger, templates = logging.getLogger("lm_eval"), lm_eval.utils.env
     level, bar, shown = logger.level, lm_eval.api.task.tqdm, not datasets.utils.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.utils.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    templates.from_string = lru_cache(TEMPLATES_KEPT)(templates.from_string)
     try:
         yield
     finally:
+        del templates.from_string  # the class's own is back
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
         if shown:

@@ -140,6 +140,22 @@ def test_worked_examples_reach_the_tasks_of_a_group(folder, tmp_path, monkeypatc
     assert task.config.num_fewshot == 5
 
 
+def test_templates_are_compiled_once_a_task_and_not_once_a_question(folder, tmp_path, monkeypatch):
+    from lm_eval.utils import env
+
+    compiled = []
+    plain = type(env).compile
+    monkeypatch.setattr(
+        type(env),
+        "compile",
+        lambda self, source, *more, **a: compiled.append(source) or plain(self, source, *more, **a),
+    )
+    list(Tasks(tasks=["arc_easy"], limit=None, data=str(folder)).measure(language_model(), context(tmp_path)))
+    assert compiled
+    assert len(compiled) == len(set(compiled))
+    assert "from_string" not in vars(env)
+
+
 def test_nothing_moves_the_global_generators(folder, tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     list(Tasks(["arc_easy"], limit=5, data=folder).measure(language_model(), context(tmp_path)))
