@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -396,13 +397,14 @@ def _kernels(records: list[RunRecord]) -> _Kernels:
         record.id: (record.find("time_per_output_token_ms") or record.find("decode_tokens_per_second") or _NONE).note
         for record in records
     }
-    parts = {note: note.partition("; ")[0].split(", ") for note in dict.fromkeys(notes.values()) if note}
+    parts = {note: _OUTSIDE.split(note.partition("; ")[0]) for note in dict.fromkeys(notes.values()) if note}
     rest = [set(q[1:]) for q in parts.values()]
     shared = set.intersection(*rest) if rest else set()
     words = {note: ", ".join([q[0], *(p for p in q[1:] if p not in shared)]) for note, q in parts.items()}
     return _Kernels(", ".join(sorted(shared)), {id: words[note] for id, note in notes.items() if note})
 
 
+_OUTSIDE = re.compile(r", (?![^()]*\))")  # commas between parts, not those within a kernel's name in brackets
 _NONE = Measurement("", None, "", "", "lower")
 
 

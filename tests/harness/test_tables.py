@@ -365,6 +365,15 @@ def test_each_record_is_in_the_table_of_its_family_alone():
     assert shown["table_4"] == set()
 
 
+def test_a_kernel_keeps_its_whole_name_where_it_stands_alone():
+    name = "int4 packed (Triton, matrix units)"
+    run = record("gptq", 4)
+    note = f"{name}, CUDA graph, bfloat16; 4 requests"
+    noted = [replace(m, note=note) if m.metric == "time_per_output_token_ms" else m for m in run.measurements]
+    (block,) = blocks([replace(run, measurements=noted)])
+    assert [row["kernel"].value for row in rows_of(block).values()] == [name]
+
+
 def test_kernels_are_named_and_what_all_share_is_said_once():
     (block,) = blocks(sweep())
     assert {row["kernel"].value for row in rows_of(block).values()} == {
