@@ -65,7 +65,8 @@ def complete_ids(
 
     rows: list[list[int]] = [[] for _ in prompts]
     finished: dict[int, tuple[str, bool]] = {}
-    more = {} if choose is None and not top else {"choose": pick}
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    more = {"ended": ended} if choose is None and not top else {"choose": pick}
     for step in lm.engine.generate(ids, limit, None if mask.all() else mask, **more):
         for row, token in enumerate(step.tolist()):
             if row in finished:
@@ -80,6 +81,7 @@ def complete_ids(
                 finished[row] = (text, True)
             elif len(rows[row]) == most:
                 finished[row] = (lm.tokenizer.decode(rows[row]), False)
+        ended[[*finished]] = True
         if len(finished) == len(prompts):
             break
     found = []

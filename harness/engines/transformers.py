@@ -243,12 +243,15 @@ class TransformersEngine:
         new_tokens: int,
         mask: Tensor | None = None,
         choose: Choose | None = None,
+        ended: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Decoding without early stop, greedy unless told otherwise: ids [B, P] -> ids [B] per decoding step.
 
         The first step reads the prompt, every later one a single token per row, with the KV cache.
         mask: [B, P], False where a row is padded at its start; None when no row is.
         choose: (logits [B, V], number of the step) -> ids [B], decoded plainly; None takes the likeliest.
+        ended: [B] on the host, which the caller sets meanwhile: rows whose tokens nobody reads any more, and which need
+            not be computed.
         """
         self._check_length(prompt.shape[1] + new_tokens)
         prompt = prompt.to(self.module.device)
@@ -256,7 +259,7 @@ class TransformersEngine:
         if mask is not None and not self._takes_padding:
             yield from self._row_by_row(prompt, new_tokens, mask, choose)
         else:
-            yield from self._generate(prompt, new_tokens, mask, choose)
+            yield from self._generate(prompt, new_tokens, mask, choose, ended)
 
     @torch.inference_mode()
     def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor]:
@@ -307,7 +310,7 @@ class TransformersEngine:
     def _row_by_row(self, prompt: Tensor, new_tokens: int, mask: Tensor, choose: Choose | None) -> Iterator[Tensor]:
         unpadded = [row[None, own.bool()] for row, own in zip(prompt, mask, strict=True)]
         if choose is None:
-            rows = [self._generate(row, new_tokens, None, None) for row in unpadded]
+            rows = [self._generate(row, new_tokens, None, None, None) for row in unpadded]
             yield from (torch.cat(step) for step in zip(*rows, strict=True))
             return
         caches, steps = [self.new_cache() for _ in unpadded], unpadded
@@ -318,20 +321,39 @@ class TransformersEngine:
             yield chosen
 
     def _generate(
-        self, prompt: Tensor, new_tokens: int, mask: Tensor | None, choose: Choose | None
+        self, prompt: Tensor, new_tokens: int, mask: Tensor | None, choose: Choose | None, ended: Tensor | None
     ) -> Iterator[Tensor]:
         if self.decoding is not None and choose is None:
             yield from self.decoding.generate(self, prompt, new_tokens, mask)
         elif mask is None and self._captures and choose is None:
             self._captured = self._captured or CapturedSteps(self, self._compiler)
             yield from self._captured.generate(prompt, new_tokens)
-        else:
+        elif ended is None or choose is not None or self.cache is not None:
             cache, step = self.new_cache(), prompt
             for number in range(new_tokens):
                 logits = self.advance(step, cache, mask=mask)[:, -1]
                 step = (logits.argmax(-1) if choose is None else choose(logits, number))[:, None]
                 mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 yield step[:, 0]
+        else:
+            yield from self._shrinking(prompt, new_tokens, mask, ended)
+
+    def _shrinking(self, prompt: Tensor, new_tokens: int, mask: Tensor | None, ended: Tensor) -> Iterator[Tensor]:
+        """Greedy plain steps that leave out rows which have ended, as soon as these are half of those computed."""
+        cache, step = self.new_cache(), prompt
+        rows = torch.arange(len(prompt))  # that are computed
+        answer = prompt.new_zeros(len(prompt))
+        for _ in range(new_tokens):
+            step = self.advance(step, cache, mask=mask)[:, -1:].argmax(-1)
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            answer = answer.clone()
+            answer[rows.to(answer.device)] = step[:, 0]
+            yield answer
+            going = (~ended[rows]).nonzero()[:, 0]
+            if 0 < len(going) <= len(rows) // 2:
+                rows, kept = rows[going], going.to(step.device)
+                cache.batch_select_indices(kept)
+                step, mask = step[kept], None if mask is None else mask[kept]
 
     @torch.no_grad()
     def advance(

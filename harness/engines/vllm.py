@@ -223,10 +223,13 @@ class VLLMEngine:
             raise RunError(f"vLLM scored {tuple(losses.shape)} tokens of {tuple(tokens.shape)}")
         return losses
 
-    def generate(self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None) -> Iterator[Tensor]:
+    def generate(
+        self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None, ended: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Greedy decoding without early stop: ids [B, P] -> one tensor of ids [B] per decoding step.
 
         mask: [B, P], False where a row is padded at its start; None when no row is.
+        ended: rows that nobody reads any more; vLLM was told how many tokens to write and writes them all the same.
         """
         for _, arrays in self._answers(prompt, new_tokens, mask):
             if "ids" in arrays:

@@ -35,6 +35,26 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(lm):
         assert completion.text == lm.tokenizer.decode(alone[:end])
 
 
+def test_rows_that_have_ended_are_left_out_and_change_no_other(lm, monkeypatch):
+    """Every row is what it is alone, and half of a batch costs half as soon as the other half has ended."""
+    prompts = ["a", "quite a bit longer than that", "in between", "b", "number four", "five"]
+    most = [12, 2, 3, 1, 9, 3]
+    widths = []
+    plain = type(lm.engine).advance
+
+    def counted(self, ids, *more, **named):
+        widths.append(len(ids))
+        return plain(self, ids, *more, **named)
+
+    monkeypatch.setattr(type(lm.engine), "advance", counted)
+    found = complete_ids(lm, [lm.tokenizer(p)["input_ids"] for p in prompts], [((), n) for n in most], 12)
+    for prompt, count, completion in zip(prompts, most, found, strict=True):
+        alone = one_by_one(lm, prompt, count)
+        assert lm.tokenizer.eos_token_id not in alone
+        assert list(completion.ids) == alone
+    assert widths == [6] * 3 + [2] * 6 + [1] * 3
+
+
 def test_texts_come_in_the_order_of_their_prompts_whatever_the_batches(lm):
     prompts = [f"{'word ' * (n % 4)}number {n}" for n in range(7)]
     assert complete(lm, prompts, 6, (), 3, NoProgress()) == complete(lm, prompts, 6, (), 1, NoProgress())
