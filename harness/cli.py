@@ -31,6 +31,7 @@ GROUPS = {  # the order in which help lists them
     "hardware": "what it runs on",
     "engine": "what runs the compressed model",
     "evaluation": "which numbers are measured",
+    "probe": "one more of them: +probe@evaluation.probes.NAME=NAME",
     "corpus": "text to calibrate on and to evaluate on",
     "calibration": "how much text a method may calibrate on",
     "training": "how long methods that train a student train",
@@ -176,7 +177,7 @@ def check_names(arguments: Sequence[str]) -> str:
             return unknown("option", first, [*GROUPS, *PLAIN_KEYS])
         if group not in GROUPS or "(" in value or "$" in value:
             continue
-        place = re.search(rf"{group}@[\w.]+", GROUPS[group])
+        place = re.search(rf"\+?{group}@[\w.]+", GROUPS[group])
         if place and group == key:
             return f"{argument}: say what it is of, as in {place[0]}={value}"
         valid = options(group)

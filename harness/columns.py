@@ -53,6 +53,7 @@ def _fixed(decimals: int) -> Callable[[float], str]:
 
 QUANTITIES = (
     Quantity("perplexity", "PPL", significant(4), interval=significant(3), every_workload=True),
+    Quantity("word_perplexity", "word PPL", significant(4), interval=significant(3), every_workload=True),
     Quantity("kl_divergence", "KL nats", significant(3), every_workload=True),
     Quantity("top1_agreement", "top-1 %", _fixed(1), scale=100, every_workload=True),
     Quantity("stream_perplexity_ratio", "stream ×", significant(4), interval=significant(3), every_workload=True),

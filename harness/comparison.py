@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOKEN_OUTCOMES = {"perplexity": "loss", "bits_per_byte": "loss", "kl_divergence": "kl", "top1_agreement": "top1_agrees"}
-RATIOS = ("perplexity", "stream_perplexity_ratio")  # compared by their logarithm
-TO_DENSE = {"perplexity": ("perplexity_ratio", 1.0), "accuracy": ("accuracy_difference", 0.0)}
+RATIOS = ("perplexity", "word_perplexity", "stream_perplexity_ratio")  # compared by their logarithm
+TO_DENSE = {
+    "perplexity": ("perplexity_ratio", 1.0),
+    "word_perplexity": ("word_perplexity_ratio", 1.0),
+    "accuracy": ("accuracy_difference", 0.0),
+}
 BEYOND_DOUBT = 1e-6  # p-values below it need no sharper test
 SEED = 0  # of the bootstrap: the same records give the same marks
 

@@ -97,12 +97,15 @@ def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
     return [shortened(f"speed at {on}: {', '.join(parts)}") for on, parts in doubts.items()]
 
 
+PROTOCOLS = (("perplexity", "Perplexity"), ("word_perplexity", "Perplexity per word"), ("accuracy", "Tasks"))
+
+
 def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
     """What a reader must know before the numbers: model, workloads, text, arithmetic, versions, dates."""
     models = _different(record.config.get("model") for record in records)
     notes = dict.fromkeys(str((model or {}).get("note") or "") for model in models)
     lines = [f"Model: {shortened(note)}" for note in notes if note]
-    for metric, words in (("perplexity", "Perplexity"), ("accuracy", "Tasks")):
+    for metric, words in PROTOCOLS:
         on = [c.on for c in columns if c.quantity.metric == metric and c.on]
         if on:
             lines.append(f"{words}: {'; '.join(dict.fromkeys(on))}")

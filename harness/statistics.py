@@ -139,6 +139,19 @@ def student_interval(values: ArrayLike) -> Interval | None:
     return float(mean - half), float(mean + half)
 
 
+def ratio_interval(values: ArrayLike, weights: ArrayLike) -> Interval | None:
+    """Interval of sum(values) / sum(weights) over units that do not depend on each other; None for fewer than 2.
+
+    Student's t on the residuals values - ratio weights (Cochran 1977, equation 6.13).
+    """
+    import numpy as np
+
+    values, weights = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    ratio = values.sum() / weights.sum()
+    around = student_interval((values - ratio * weights) / weights.mean())
+    return None if around is None else (float(ratio + around[0]), float(ratio + around[1]))
+
+
 def relative_half_width(centre: float, interval: Interval | None) -> float:
     """Half the width of an interval as a share of its centre; infinite where there is no interval."""
     if interval is None or centre == 0:

@@ -49,6 +49,15 @@ def test_a_row_has_the_bits_of_its_grids_also_where_they_were_changed(method):
     assert (card["bits"], card.get("activation_bits")) == (6, None)
 
 
+@pytest.mark.parametrize("probe", options("probe"))
+def test_any_probe_can_be_added_to_an_evaluation(probe):
+    added = f"+probe@evaluation.probes.added={probe}"
+    assert check_names([added]) == ""
+    if probe in ("problems", "tasks", "load"):  # need questions of the configuration around them, or another engine
+        return
+    assert run.build(resolved("evaluation=smoke", added)).probes
+
+
 @pytest.mark.parametrize("model", [name for name in options("model") if name != "local"])
 def test_every_model_composes_and_builds(model):
     section = resolved(f"model={model}")["model"]

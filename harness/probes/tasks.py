@@ -67,7 +67,7 @@ class Tasks:
             if value is not None and value < least:
                 raise ConfigError(f"tasks {field}={value}: must be at least {least}")
         for name in self.tasks:
-            path = _definition(name)
+            path = definition_of(name)
             if self.data is not None and path.parent.parent != BUILT_IN:
                 _local_files(Path(self.data), name)
 
@@ -104,7 +104,7 @@ class Tasks:
         from lm_eval.tasks import TaskManager
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        definition = _definition(name)
+        definition = definition_of(name)
         folder = None if self.data is None else Path(self.data)
         if definition.parent.parent == BUILT_IN:
             folder = _built_in_data(name, context)
@@ -195,7 +195,7 @@ class Tasks:
 # ---- definitions and data
 
 
-def _definition(name: str) -> Path:
+def definition_of(name: str) -> Path:
     """The YAML that defines a task or group, found by its text: indexing all of lm-eval's takes ten seconds.
 
     Raises ConfigError with the nearest names for one that does not exist.

@@ -365,6 +365,15 @@ def test_each_record_is_in_the_table_of_its_family_alone():
     assert shown["table_4"] == set()
 
 
+def test_perplexity_per_word_has_a_column_with_its_protocol():
+    on = "wikitext2-test evaluation, lm-eval-word, 62 pages, windows of 8192"
+    run = record("gptq", 4)
+    word = Measurement("word_perplexity", 28.56, "ppl/word", on, "lower", (27.0, 30.0))
+    (block,) = blocks([replace(run, measurements=[*run.measurements, word])])
+    assert [row["word PPL"].value for row in rows_of(block).values()] == ["28.56"]
+    assert f"Perplexity per word: {on}" in block.protocol
+
+
 def test_a_kernel_keeps_its_whole_name_where_it_stands_alone():
     name = "int4 packed (Triton, matrix units)"
     run = record("gptq", 4)
