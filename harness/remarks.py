@@ -36,7 +36,7 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
         for m in noted
         if m.metric in ("perplexity", "compress_seconds") and m.value is not None and "collapsed" not in m.note
     ]
-    remarks += _doubts_about_speed(noted)
+    remarks += [*_guesses(noted), *_doubts_about_speed(noted)]
     return remarks
 
 
@@ -84,6 +84,17 @@ def _off_grid(record: RunRecord) -> list[str]:
     """That a stack has no longer the bit-width that its row names."""
     off = record.curves.get(OFF_GRID)
     return [f"{off[-1][1]:.0f} linears left the grid of an earlier step and are stored in 16 bits"] if off else []
+
+
+def _guesses(noted: Sequence[Measurement]) -> list[str]:
+    """Tasks whose right answers may all be luck, with what luck gives."""
+    found = [
+        (m.on.partition(" ")[0], re.fullmatch(r"(?:collapsed|not told from guessing) \((\d+ %)\)", m.note))
+        for m in noted
+        if m.metric == "accuracy"
+    ]
+    tasks = [f"{task} ({luck[1]})" for task, luck in found if luck]
+    return [shortened(f"not told from guessing: {', '.join(tasks)}")] if tasks else []
 
 
 def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:

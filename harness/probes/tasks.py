@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).parents[1] / "tasks"
 METRICS = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "accuracy_norm"}  # lm-eval's name: ours
 TEMPLATES_KEPT = 1024
+AT_CHANCE = "not told from guessing"
 ARMS = ["task", "filter", "metric", "doc_id", "on"]  # what identifies an outcome in both arms
 
 
@@ -88,9 +89,11 @@ class Tasks:
         dense = None if context.reference is None else _dense(context.reference / self._outcomes_file)
         generator = np.random.default_rng(context.seed)
         for (metric, on), ours in outcomes.groupby(["metric", "on"], sort=False):
-            yield accuracy(metric, ours["correct"].to_numpy(), on)
-            if dense is not None:
-                yield from against(metric, _paired(ours, dense), on, generator)
+            both = None if dense is None else _paired(ours, dense)
+            arms = [ours["correct"]] if both is None else [both["correct"], both["correct_dense"]]
+            yield accuracy(metric, ours["correct"].to_numpy(), on, _guessed(ours["chance"].mean(), *arms))
+            if both is not None:
+                yield from against(metric, both, on, generator)
 
     @property
     def _outcomes_file(self) -> str:
@@ -147,7 +150,10 @@ class Tasks:
     def _outcomes(
         self, lm: LanguageModel, context: Context, tasks: dict[str, ConfigurableTask], about: dict[str, str]
     ) -> pd.DataFrame:
-        """One row per question and metric: task, filter, metric, doc_id, on (its protocol), correct (0 or 1)."""
+        """One row per question and metric: task, filter, metric, doc_id, on (its protocol), correct (0 or 1), chance.
+
+        chance: of guessing right among the choices; none (NaN) where the answer is written.
+        """
         import pandas as pd
         from lm_eval.evaluator import evaluate
 
@@ -172,6 +178,7 @@ class Tasks:
                 sample["doc_id"],
                 about[name] + ("" if sample["filter"] == "none" else f", {sample['filter']}"),
                 _right_or_wrong(sample[metric], name, metric),
+                1 / len(sample["arguments"]) if tasks[name].OUTPUT_TYPE == "multiple_choice" else float("nan"),
             )
             for name, samples in found.items()
             for sample in samples
@@ -180,7 +187,7 @@ class Tasks:
         ]
         for name in tasks.keys() - {row[0] for row in rows}:
             raise RunError(f"{name} marks no question right or wrong (needs one of {', '.join(METRICS)}); leave it out")
-        return pd.DataFrame(rows, columns=[*ARMS, "correct"]).sort_values(
+        return pd.DataFrame(rows, columns=[*ARMS, "correct", "chance"]).sort_values(
             ["task", "filter", "metric", "doc_id"], kind="stable", ignore_index=True
         )
 
@@ -347,6 +354,14 @@ def _paired(ours: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
             "(method=dense force=true), and ask the same tasks in one probe alone where several differ in data or limit"
         )
     return both
+
+
+def _guessed(chance: float, ours: pd.Series, dense: pd.Series | None = None) -> str:
+    """For an arm whose interval reaches down to what guessing gives: collapsed, if the dense one's does not."""
+    low, *others = (statistics.wilson_interval(int(arm.sum()), len(arm))[0] for arm in (ours, dense) if arm is not None)
+    if not low <= chance:
+        return ""
+    return f"{'collapsed' if others and others[0] > chance else AT_CHANCE} ({100 * chance:.0f} %)"
 
 
 def accuracy(metric: str, correct: np.ndarray, on: str, note: str = "") -> Measurement:

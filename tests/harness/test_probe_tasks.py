@@ -140,6 +140,35 @@ def test_worked_examples_reach_the_tasks_of_a_group(folder, tmp_path, monkeypatc
     assert task.config.num_fewshot == 5
 
 
+@pytest.mark.parametrize(
+    ("right", "dense_right", "note"),
+    [
+        (60, None, ""),
+        (29, None, "not told from guessing (25 %)"),
+        (29, 60, "collapsed (25 %)"),
+        (29, 29, "not told from guessing (25 %)"),
+        (60, 29, ""),
+        (0, 60, "collapsed (25 %)"),
+    ],
+)
+def test_an_arm_that_may_have_guessed_is_said_to(right, dense_right, note):
+    ours, dense = (None if n is None else pd.Series([1] * n + [0] * (100 - n)) for n in (right, dense_right))
+    assert module._guessed(0.25, ours, dense) == note
+    assert module._guessed(float("nan"), ours, dense) == ""  # answers that are written
+
+
+def test_chance_is_one_of_the_choices_of_each_question(folder, tmp_path):
+    ctx = context(tmp_path)
+    found = {m.metric: m for m in Tasks(["arc_easy"], limit=None, data=folder).measure(language_model(), ctx)}
+    table = pd.read_parquet(ctx.samples / "tasks-arc_easy.parquet")
+    assert table["chance"].tolist() == [1 / 3] * len(table)
+    likely = found["accuracy"].interval[0] <= 1 / 3
+    assert found["accuracy"].note == ("not told from guessing (33 %)" if likely else "")
+    written = Tasks(["gsm8k"], limit=None, data=folder, few_shot=0)
+    list(written.measure(language_model(), ctx))
+    assert pd.read_parquet(ctx.samples / "tasks-gsm8k-0shot.parquet")["chance"].isna().all()
+
+
 def test_templates_are_compiled_once_a_task_and_not_once_a_question(folder, tmp_path, monkeypatch):
     from lm_eval.utils import env
 

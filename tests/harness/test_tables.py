@@ -374,6 +374,20 @@ def test_perplexity_per_word_has_a_column_with_its_protocol():
     assert f"Perplexity per word: {on}" in block.protocol
 
 
+def test_a_task_that_may_be_guessed_is_said_below_the_table_and_a_fall_to_guessing_is_marked():
+    def noted(run, note):
+        measured = [replace(m, note=note) if m.metric == "accuracy" else m for m in run.measurements]
+        return replace(run, measurements=measured)
+
+    dense, fallen = sweep()[0], record("gptq", 4)
+    text = tables.summary_table([noted(dense, "not told from guessing (25 %)"), noted(fallen, "collapsed (25 %)")])
+    task = next(m.on for m in fallen.measurements if m.metric == "accuracy").partition(" ")[0]
+    assert f"not told from guessing: {task} (25 %)" in text
+    (block,) = blocks([dense, noted(fallen, "collapsed (25 %)")])
+    marked = [cell for row in block.rows for cell in row.cells if tables.COLLAPSED in cell.sign]
+    assert len(marked) == 1
+
+
 def test_a_kernel_keeps_its_whole_name_where_it_stands_alone():
     name = "int4 packed (Triton, matrix units)"
     run = record("gptq", 4)
