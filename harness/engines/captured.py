@@ -33,6 +33,9 @@ WARM_UP_STEPS = 3  # libraries allocate work space at first use, which a graph m
 PROMPT_TOKENS = 2**12  # of all prompts of a batch; for more, arithmetic outlasts launching, and a graph keeps memory
 
 
+_Reader = tuple[str, "Callable[[Tensor], Tensor]"]  # what the row says, and what reads ids [B, P]
+
+
 @dataclass
 class _Slot:
     """Memory of requests of one shape; `step` reads `token` [B, 1] and answers with the next one."""
@@ -41,7 +44,7 @@ class _Slot:
     held: Tensor  # how many tokens the cache holds
     token: Tensor
     step: Callable[[], Tensor]
-    prompts: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # length -> reads ids [B, length]
+    prompts: dict[int, _Reader] = field(default_factory=dict)  # by length, with the state to name them by
 
 
 class CapturedSteps:
@@ -84,6 +87,7 @@ class CapturedSteps:
         slot = self._slot_for(rows, held + new_tokens)
         if slot is None:
             return None
+        self.state = self.name(self._engine.module.device, self._compiler)  # no prompt is read
         slot.cache.reset()
         self._engine.fill_with_noise(slot.cache, rows, held)
         slot.held.add_(held)
@@ -105,29 +109,30 @@ class CapturedSteps:
             slot.held.add_(length)
             return answer
 
+        name = self.name(prompt.device, self._compiler)
         if prompt.device.type not in GRAPHS_ON or prompt.numel() > PROMPT_TOKENS:
+            self.state = name
             return read
         if length not in slot.prompts:
-            slot.prompts[length] = self._captured_prompt(read, prompt.clone())
-        return slot.prompts[length]
+            slot.prompts[length] = self._captured_prompt(name, read, prompt.clone())
+        self.state, reader = slot.prompts[length]
+        return reader
 
-    def _captured_prompt(self, read: Callable[[Tensor], Tensor], held: Tensor) -> Callable[[Tensor], Tensor]:
-        """`read` as one CUDA graph that reads from `held`, or as it is where it cannot be captured; `state` says so."""
-        name = self.name(held.device, self._compiler)
+    @staticmethod
+    def _captured_prompt(name: str, read: Callable[[Tensor], Tensor], held: Tensor) -> _Reader:
+        """`read` as one CUDA graph that reads from `held`, or as it is where it cannot be captured."""
         try:
             replay = _capture(lambda: read(held), warm_up=1)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.state = f"{name}, prompts plain ({str(error).splitlines()[0]})"
-            return read
-        self.state = f"{name}, prompts too"
+            return f"{name}, prompts plain ({str(error).splitlines()[0]})", read
 
         def reader(ids: Tensor) -> Tensor:
             held.copy_(ids)
             return replay().clone()
 
-        return reader
+        return f"{name}, prompts too", reader
 
     @staticmethod
     def _steps(slot: _Slot, step: Tensor, count: int) -> Iterator[Tensor]:

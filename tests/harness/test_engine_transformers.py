@@ -187,6 +187,12 @@ def test_a_captured_prompt_is_read_anew_for_every_request(monkeypatch):
         assert torch.equal(torch.stack(list(steps.generate(prompt, 6))), expected)
     assert list(steps._slot.prompts) == [11]
     assert steps.state.endswith("prompts too")
+    monkeypatch.setattr("harness.engines.captured.PROMPT_TOKENS", 21)
+    list(steps.generate(token_ids(2, 11), 6))
+    assert "prompts" not in steps.state  # of this prompt, whatever was said of the one before
+    list(steps.generate(token_ids(2, 10), 6))
+    list(steps.generate_after_noise(2, 11, 6))
+    assert "prompts" not in steps.state
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_math", "sdpa_flash"])
