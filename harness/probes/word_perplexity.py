@@ -99,7 +99,7 @@ class WordPerplexity:
 
         path = context.reference / OUTCOMES
         if not path.is_file():
-            raise RunError(f"{path.name}: the dense run kept no losses of pages; run it again (method=dense force)")
+            raise RunError(f"{path.name}: the dense run kept no pages; run it again (method=dense force=true)")
         dense = pd.read_parquet(path)
         if dense[["words", "bytes"]].to_numpy().tolist() != outcomes[["words", "bytes"]].to_numpy().tolist():
             raise RunError(f"{path}: the dense run read other pages; run it again (method=dense force=true)")
