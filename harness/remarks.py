@@ -11,7 +11,14 @@ from typing import Any
 from harness.columns import PROTOCOL_METRICS, QUANTITIES, Column, batch_of
 from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, Measurement, RunRecord
 from harness.rows import engine_name, lines_of, name_of, shortened, sparsity_of, title_of
+from harness.sanity import AT_CHANCE
 from harness.taxonomy import DENSE
+
+PROTOCOLS = (
+    ("perplexity", "Perplexity"),
+    ("word_perplexity", "Perplexity per word"),
+    ("accuracy", "Tasks"),
+)  # above a block
 
 
 def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
@@ -89,12 +96,12 @@ def _off_grid(record: RunRecord) -> list[str]:
 def _guesses(noted: Sequence[Measurement]) -> list[str]:
     """Tasks whose right answers may all be luck, with what luck gives."""
     found = [
-        (m.on.partition(" ")[0], re.fullmatch(r"(?:collapsed|not told from guessing) \((\d+ %)\)", m.note))
+        (m.on.partition(" ")[0], re.fullmatch(rf"(?:collapsed|{AT_CHANCE}) \((\d+ %)\)", m.note))
         for m in noted
         if m.metric == "accuracy"
     ]
     tasks = [f"{task} ({luck[1]})" for task, luck in found if luck]
-    return [shortened(f"not told from guessing: {', '.join(tasks)}")] if tasks else []
+    return [shortened(f"{AT_CHANCE}: {', '.join(tasks)}")] if tasks else []
 
 
 def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
@@ -106,9 +113,6 @@ def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
                 if not re.fullmatch(r"\d+ requests", part):
                     doubts.setdefault(m.on.partition(",")[0], []).append(part)
     return [shortened(f"speed at {on}: {', '.join(parts)}") for on, parts in doubts.items()]
-
-
-PROTOCOLS = (("perplexity", "Perplexity"), ("word_perplexity", "Perplexity per word"), ("accuracy", "Tasks"))
 
 
 def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:

@@ -9,6 +9,7 @@ from harness.records import Measurement
 
 ANCHOR_TOLERANCE = 0.01  # relative; published figures are printed to about this
 OUTSIDE = "outside its anchor"
+AT_CHANCE = "not told from guessing"  # of a task's right answers
 
 
 def check_anchors(

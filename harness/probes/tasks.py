@@ -21,6 +21,7 @@ from harness import statistics
 from harness.errors import ConfigError, RunError
 from harness.json_lines import json_rows
 from harness.records import Measurement
+from harness.sanity import AT_CHANCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).parents[1] / "tasks"
 METRICS = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "accuracy_norm"}  # lm-eval's name: ours
 TEMPLATES_KEPT = 1024
-AT_CHANCE = "not told from guessing"
 ARMS = ["task", "filter", "metric", "doc_id", "on"]  # what identifies an outcome in both arms
 
 
