@@ -43,6 +43,7 @@ class _Slot:
     cache: Cache
     held: Tensor  # how many tokens the cache holds
     token: Tensor
+    mask: Tensor | None  # [B, places], 0 where a row is padded at its start; None where no row is
     step: Callable[[], Tensor]
     prompts: dict[int, _Reader] = field(default_factory=dict)  # by length, with the state to name them by
 
@@ -50,16 +51,16 @@ class _Slot:
 class CapturedSteps:
     """Greedy decoding with a static cache; memory and graph are those of the latest shape of request.
 
-    A model that cannot be captured is decoded in plain steps, and `state` says why.
+    A model that cannot be captured is left to plain steps, and `state` says why.
 
-    compiler: backend of torch.compile for the step, "inductor"; None runs the model as it is written.
+    compiler: backend of torch.compile for the step, "inductor"; None runs the model as it is written. Requests with
+        padding have many shapes and are never compiled.
     """
 
     def __init__(self, engine: TransformersEngine, compiler: str | None = None) -> None:
         self._engine = engine
-        self._reader = engine.module
         self._compiler = compiler
-        self._shape: tuple[int, int] | None = None
+        self._shape: tuple[int, int, bool] | None = None
         self._slot: _Slot | None = None
         self.state = self.name(engine.module.device, compiler)
 
@@ -69,22 +70,34 @@ class CapturedSteps:
         name = "CUDA graph" if device.type == "cuda" else "static cache"
         return name if compiler is None else f"compiled, {name}"
 
-    def generate(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
-        """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step."""
-        slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens)
+    def generate(self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None) -> Iterator[Tensor] | None:
+        """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step; None where they must.
+
+        mask: [B, P], 0 where a row is padded at its start. Nothing is kept of such a request.
+        """
+        slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens, mask is not None)
         if slot is None:
-            cache, step = self._engine.new_cache(), prompt
-            for _ in range(new_tokens):
-                step = self._engine.advance(step, cache).argmax(-1)
-                yield step[:, 0]
-            return
+            return None
+        return self._answers(slot, prompt, new_tokens) if mask is None else self._padded(slot, prompt, new_tokens, mask)
+
+    def _answers(self, slot: _Slot, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         step = self._prompt_reader(slot, prompt)(prompt)
         yield step[:, 0]
         yield from self._steps(slot, step, new_tokens - 1)
 
+    def _padded(self, slot: _Slot, prompt: Tensor, new_tokens: int, mask: Tensor) -> Iterator[Tensor]:
+        try:
+            slot.mask.fill_(1)
+            slot.mask[:, : mask.shape[1]] = mask
+            step = self._read(slot, prompt)
+            yield step[:, 0]
+            yield from self._steps(slot, step, new_tokens - 1)
+        finally:
+            self.forget()
+
     def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor] | None:
         """Steps of `rows` sequences whose cache holds `held` tokens of noise; None where they cannot be captured."""
-        slot = self._slot_for(rows, held + new_tokens)
+        slot = self._slot_for(rows, held + new_tokens, padded=False)
         if slot is None:
             return None
         self.state = self.name(self._engine.module.device, self._compiler)  # no prompt is read
@@ -104,10 +117,7 @@ class CapturedSteps:
         length = prompt.shape[1]
 
         def read(ids: Tensor) -> Tensor:
-            slot.cache.reset()
-            answer = self._engine.advance(ids, slot.cache).argmax(-1)
-            slot.held.add_(length)
-            return answer
+            return self._read(slot, ids)
 
         name = self.name(prompt.device, self._compiler)
         if prompt.device.type not in GRAPHS_ON or prompt.numel() > PROMPT_TOKENS:
@@ -117,6 +127,13 @@ class CapturedSteps:
             slot.prompts[length] = self._captured_prompt(name, read, prompt.clone())
         self.state, reader = slot.prompts[length]
         return reader
+
+    def _read(self, slot: _Slot, prompt: Tensor) -> Tensor:
+        """The first token [B, 1] after prompts [B, P], which the emptied cache then holds."""
+        slot.cache.reset()
+        answer = self._engine.advance(prompt, slot.cache, mask=slot.mask, held=slot.held).argmax(-1)
+        slot.held.add_(prompt.shape[1])
+        return answer
 
     @staticmethod
     def _captured_prompt(name: str, read: Callable[[Tensor], Tensor], held: Tensor) -> _Reader:
@@ -141,15 +158,15 @@ class CapturedSteps:
             step = slot.step().clone()
             yield step[:, 0]
 
-    def _slot_for(self, rows: int, longest: int) -> _Slot | None:
-        if self._shape != (rows, longest):
+    def _slot_for(self, rows: int, longest: int, padded: bool) -> _Slot | None:
+        if self._shape != (rows, longest, padded):
             self.forget()  # the memory of the shape before goes first
-            self._slot = self._made(rows, longest)
-            self._shape = rows, longest
+            self._slot = self._made(rows, longest, padded)
+            self._shape = rows, longest, padded
         return self._slot
 
-    def _made(self, rows: int, longest: int) -> _Slot | None:
-        module = self._engine.module
+    def _made(self, rows: int, longest: int, padded: bool) -> _Slot | None:
+        module, compiler = self._engine.module, None if padded else self._compiler
         if self._engine.attention not in ("eager", "sdpa", ONE_QUERY):
             self.state = f"plain steps: {self._engine.attention} attention does not mask a static cache"
             return None
@@ -159,21 +176,24 @@ class CapturedSteps:
             return None
         cache, held = made
         token = torch.zeros(rows, 1, dtype=torch.long, device=module.device)
-        if self._compiler is not None:
+        mask = torch.ones(rows, longest, dtype=torch.long, device=module.device) if padded else None
+        reader = module
+        if compiler is not None:
             torch.compiler.reset()  # torch gives up on a function after a few shapes, and says nothing
             # at batch 1 this makes matrix products loops of ours, which read faster than the library's
-            options = {"coordinate_descent_tuning": True} if self._compiler == "inductor" else None
-            self._reader = torch.compile(module, backend=self._compiler, dynamic=False, options=options)
+            options = {"coordinate_descent_tuning": True} if compiler == "inductor" else None
+            reader = torch.compile(module, backend=compiler, dynamic=False, options=options)
 
         def step() -> Tensor:
-            answer = self._engine.advance(token, cache, reader=self._reader).argmax(-1)
+            answer = self._engine.advance(token, cache, mask=mask, held=held, reader=reader).argmax(-1)
             held.add_(1)
             return answer
 
+        self.state = self.name(module.device, compiler)
         if module.device.type not in GRAPHS_ON:
-            return _Slot(cache, held, token, step)
+            return _Slot(cache, held, token, mask, step)
         try:
-            return _Slot(cache, held, token, _capture(step, min(WARM_UP_STEPS, longest - 1)))
+            return _Slot(cache, held, token, mask, _capture(step, min(WARM_UP_STEPS, longest - 1)))
         except torch.OutOfMemoryError:
             raise  # plain steps would need as much
         except RuntimeError as error:

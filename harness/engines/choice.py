@@ -76,7 +76,9 @@ class Transformers:
         hardware.make_current()
         dtype = hardware.scoring_dtype if mode == "scoring" else hardware.resolved_decoding_dtype()
         lm = artifact.load(folder, hardware.places, getattr(torch, dtype), mode)
-        lm.engine = lm.engine.on_hardware(hardware.attention, "plain" if mode == "scoring" else hardware.steps)
+        # answers are written faster in captured steps; to compile for each batch's shape would take longer
+        steps = "auto" if mode == "scoring" and hardware.steps != "plain" else hardware.steps
+        lm.engine = lm.engine.on_hardware(hardware.attention, steps)
         yield lm
 
 

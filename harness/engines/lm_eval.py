@@ -32,6 +32,7 @@ class EngineLM(TemplateLM):
         self._lm = lm
         self._batch = batch
         self._progress = progress
+        self._encoded: dict[str, list[int]] = {}  # of the requests at hand
 
     @property
     def eot_token_id(self) -> int:
@@ -66,13 +67,31 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids. Special tokens as the tokenizer adds them, unless a chat template already wrote the first one."""
         if add_special_tokens is None:
-            begin = self.tokenizer.bos_token
-            add_special_tokens = not (begin and string.startswith(begin))
+            if string in self._encoded:
+                return self._encoded[string]
+            add_special_tokens = self._wants_special_tokens(string)
         return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def _wants_special_tokens(self, string: str) -> bool:
+        begin = self.tokenizer.bos_token
+        return not (begin and string.startswith(begin))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether greedy decoding would produce it) per request."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        pairs = [request.args for request in requests]
+        self._encode_at_once({text for before, after in pairs for text in (before + after, before.rstrip())})
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._encoded = {}
+
+    def _encode_at_once(self, texts: set[str]) -> None:
+        """Keep the ids of the texts that pairs will ask for one by one, each several times: calls outlast encoding."""
+        for special in (True, False):
+            some = [text for text in sorted(texts) if text and self._wants_special_tokens(text) is special]
+            if some:
+                ids = self.tokenizer(some, add_special_tokens=special, verbose=False)["input_ids"]
+                self._encoded |= dict(zip(some, ids, strict=True))
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:

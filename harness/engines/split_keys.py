@@ -9,6 +9,7 @@ needs it, wants one key head for each query head, and copies the whole cache at 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +48,22 @@ def attend(
 
     unusual = dropout or any(rest.get(name) is not None for name in ("position_bias", "s_aux", "softcap", "cache"))
     if unusual or not fits(query, key, value, attention_mask):
+        if attention_mask is None and key.dtype == torch.float32 and not unusual:
+            module, key, value = _with_own_keys(module, query, key, value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attend_one(query[:, :, 0], key, value, attention_mask, scale)[:, None], None
+
+
+def _with_own_keys(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """The call with one key head for each query head. Torch's fused kernels read shared heads in 16 bits only; in 32 it
+    would write all scores to memory, which are more than the copied heads: keys times queries, not times a head's width.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    group = query.shape[1] // key.shape[1]
+    causal = getattr(module, "is_causal", True)
+    return SimpleNamespace(is_causal=causal), repeat_kv(key, group), repeat_kv(value, group)
 
 
 def mask_once(*args: Any, **options: Any) -> Tensor | None:

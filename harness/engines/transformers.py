@@ -273,8 +273,7 @@ class TransformersEngine:
         if self.cache is not None or self.decoding is not None:
             raise RunError("a cache of noise stands for the plain one alone; read the text: read_tokens=null")
         if self._captures:
-            self._captured = self._captured or CapturedSteps(self, self._compiler)
-            steps = self._captured.generate_after_noise(rows, held, new_tokens)
+            steps = self._capturing.generate_after_noise(rows, held, new_tokens)
             if steps is not None:
                 yield from steps
                 return
@@ -303,6 +302,11 @@ class TransformersEngine:
         return self._captured is not None and self._captured.forget()
 
     @property
+    def _capturing(self) -> CapturedSteps:
+        self._captured = self._captured or CapturedSteps(self, self._compiler)
+        return self._captured
+
+    @property
     def _takes_padding(self) -> bool:
         """Whether rows may start with padding; if not, they are decoded side by side, each with its own cache."""
         return (self.cache is None or self.cache.chunk is None) and not needs_plain_rows(self.attention)
@@ -325,9 +329,11 @@ class TransformersEngine:
     ) -> Iterator[Tensor]:
         if self.decoding is not None and choose is None:
             yield from self.decoding.generate(self, prompt, new_tokens, mask)
-        elif mask is None and self._captures and choose is None:
-            self._captured = self._captured or CapturedSteps(self, self._compiler)
-            yield from self._captured.generate(prompt, new_tokens)
+            return
+        captures = self._captures and choose is None and (mask is None or "position_ids" in self._arguments)
+        captured = self._capturing.generate(prompt, new_tokens, mask) if captures else None
+        if captured is not None:
+            yield from captured
         elif ended is None or choose is not None or self.cache is not None:
             cache, step = self.new_cache(), prompt
             for number in range(new_tokens):
@@ -357,11 +363,18 @@ class TransformersEngine:
 
     @torch.no_grad()
     def advance(
-        self, ids: Tensor, cache: Cache, keep: int = 1, mask: Tensor | None = None, reader: nn.Module | None = None
+        self,
+        ids: Tensor,
+        cache: Cache,
+        keep: int = 1,
+        mask: Tensor | None = None,
+        held: Tensor | None = None,
+        reader: nn.Module | None = None,
     ) -> Tensor:
         """Logits of the last `keep` of the next tokens of what `cache` holds: ids [B, T] -> [B, keep, V].
 
-        mask: [B, tokens held and T], 0 where a row is padded at its start.
+        mask: [B, tokens held and T], 0 where a row is padded at its start; of a static cache, [B, places].
+        held: of a static cache, how many tokens it holds, on the device.
         reader: the module in another form, e.g. compiled.
         """
         *before, last = self._parts(ids)
@@ -371,14 +384,16 @@ class TransformersEngine:
             self._read(self.module.base_model, part, cache)
         extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
         if mask is not None:
-            extra |= self._padding(mask, ids.shape[1])
+            extra |= self._padding(mask, ids.shape[1], held)
         return self._read(self.module if reader is None else reader, last, cache, **extra).logits[:, -keep:]
 
-    def _padding(self, mask: Tensor, length: int) -> dict[str, Tensor]:
+    def _padding(self, mask: Tensor, length: int, held: Tensor | None) -> dict[str, Tensor]:
         """What the module must be told about rows that start with padding, for its newest `length` tokens."""
         told = {"attention_mask": mask}
         if "position_ids" in self._arguments:
-            told["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            newest = slice(-length, None) if held is None else torch.arange(length, device=mask.device) + held
+            told["position_ids"] = places[:, newest]
         return told
 
     def new_cache(self) -> Cache:
@@ -446,17 +461,20 @@ class TransformersEngine:
         """Make the module ready to be scored or timed in `dtype`.
 
         Layers that prepare themselves do; all other parameters are cast. Buffers stay as they are: rotary
-        frequencies in bfloat16 would move every position. Where steps are captured on a GPU, packed layers that read
-        one tensor are joined, and heads that share keys are read by a kernel of ours unless an attention was chosen.
+        frequencies in bfloat16 would move every position. Where steps are captured on a GPU, heads that share keys are
+        read by a kernel of ours unless an attention was chosen, and for decoding packed layers that read one tensor are
+        joined.
         Raises ValueError for scoring after decoding: packed weights may be gone and dense ones are rounded.
         """
         if self._mode == "decoding" and mode == "scoring":
             raise ValueError(
                 "this model was prepared for decoding, which rounds its weights; load it again to score it"
             )
+        self.forget_requests()  # a graph reads weights where they were
         _prepare(self.module, mode, dtype)
-        if mode == "decoding" and self._captures and self.module.device.type == "cuda":
-            join_linears(self.module)
+        if self._captures and self.module.device.type == "cuda":
+            if mode == "decoding":
+                join_linears(self.module)
             left = self._chosen_attention is None and self.attention == "sdpa"
             if left and shares_keys(self.module) and runs_one_query(self.module):
                 use_attention(self.module, ONE_QUERY)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import language_model
+from tokenizers.processors import TemplateProcessing
 
 from harness.engines.lm_eval import EngineLM
 from harness.errors import RunError
@@ -44,6 +45,23 @@ def test_loglikelihoods_are_sums_over_the_continuation_in_any_batch(batch):
         expected, expected_greedy = naive_loglikelihood(model, *pair)
         assert score == pytest.approx(expected, rel=1e-4)
         assert greedy == expected_greedy
+
+
+def test_texts_encoded_at_once_have_the_ids_that_each_has_alone(monkeypatch):
+    """Also where some texts already begin with the mark that the tokenizer puts before the others."""
+    model = wrapped()
+    model.tokenizer.bos_token = "x"
+    mark = model.tokenizer.convert_tokens_to_ids("x")
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("x $A", special_tokens=[("x", mark)])
+    asked = []
+    monkeypatch.setattr(model, "_loglikelihood_tokens", lambda requests, **_: asked.extend(requests) or [])
+    pairs = [*PAIRS, ("So ", "no"), ("", "alone")]
+    model.loglikelihood([request(*pair) for pair in pairs])
+    for (context, continuation), (_, before, after) in zip(pairs, asked, strict=True):
+        if context:
+            assert (before, after) == model._encode_pair(context, continuation)
+    assert {before[0] for _, before, _ in asked} == {mark}
+    assert not model._encoded
 
 
 def test_the_greedy_continuation_is_recognised():

@@ -155,6 +155,27 @@ def test_a_static_cache_generates_the_same(kind):
     assert "static cache" in captured.kernels()
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt_neox", "bloom"])
+def test_a_static_cache_generates_the_same_for_rows_padded_at_their_start(kind):
+    """And keeps nothing; a model that takes no positions (bloom) is left to plain steps."""
+    module = causal_model(kind, **ARCHITECTURES[kind])
+    plain, captured = TransformersEngine(module), TransformersEngine(module, steps="captured")
+    for seed, length, padding in ((0, 12, 5), (1, 12, 7), (2, 9, 1)):
+        prompt, mask = token_ids(2, length, seed), torch.ones(2, length, dtype=torch.bool)
+        mask[0, :padding] = False
+        expected = torch.stack(list(plain.generate(prompt, 6, mask)), dim=1)
+        assert torch.equal(torch.stack(list(captured.generate(prompt, 6, mask)), dim=1), expected)
+        if kind != "bloom":  # nor can its attention read a static cache
+            assert torch.equal(*(torch.stack(list(engine.generate(prompt, 6))) for engine in (plain, captured)))
+    unfinished = captured.generate(prompt, 6, mask)
+    next(unfinished)
+    assert (captured._captured is None) == (kind == "bloom")
+    if kind != "bloom":
+        assert captured._captured._slot is not None
+        unfinished.close()
+        assert captured._captured._slot is None
+
+
 @torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)  # past it torch gives up, silently
 def test_a_compiled_step_generates_the_same_whatever_shapes_came_before():
     module = causal_model()
