@@ -56,8 +56,10 @@ def attend(
 
 
 def _with_own_keys(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """The call with one key head for each query head. Torch's fused kernels read shared heads in 16 bits only; in 32 it
-    would write all scores to memory, which are more than the copied heads: keys times queries, not times a head's width.
+    """The call with one key head for each query head.
+
+    Torch's fused kernels read shared heads in 16 bits only. In 32 it writes all scores to memory, keys times queries,
+    where a copied head is keys times its width.
     """
     from transformers.integrations.sdpa_attention import repeat_kv
 
