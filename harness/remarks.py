@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.columns import PROTOCOL_METRICS, QUANTITIES, Column, batch_of
+from harness.environment import DISTURBED
 from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, Measurement, RunRecord
 from harness.rows import engine_name, lines_of, name_of, shortened, sparsity_of, title_of
 from harness.sanity import AT_CHANCE
 from harness.taxonomy import DENSE
 
+FOREIGN = rf"{DISTURBED} (\d+)% of the cores meanwhile"  # a note, with percent
 PROTOCOLS = (
     ("perplexity", "Perplexity"),
     ("word_perplexity", "Perplexity per word"),
@@ -39,7 +41,7 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
         if m.value is None and m.metric in {q.metric for q in QUANTITIES}
     ]
     remarks += [
-        shortened(f"{m.metric} {m.note}")  # e.g. a baseline outside its anchor
+        shortened(f"{m.metric} {re.sub(FOREIGN, lambda load: _by(int(load[1])), m.note)}")  # e.g. a baseline outside its anchor
         for m in noted
         if m.metric in ("perplexity", "compress_seconds") and m.value is not None and "collapsed" not in m.note
     ]
@@ -107,12 +109,25 @@ def _guesses(noted: Sequence[Measurement]) -> list[str]:
 def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
     """What a reader must know before trusting the times: foreign load, repeats that did not settle."""
     doubts: dict[str, list[str]] = {}
+    load = 0
     for m in noted:
         if m.metric == "time_per_output_token_ms":
             for part in m.note.split("; ")[1:]:
+                disturbed = re.match(FOREIGN, part)
+                load = max(load, int(disturbed[1]) if disturbed else 0)
                 if not re.fullmatch(r"\d+ requests", part):
-                    doubts.setdefault(m.on.partition(",")[0], []).append(part)
-    return [shortened(f"speed at {on}: {', '.join(parts)}") for on, parts in doubts.items()]
+                    key = DISTURBED if disturbed else part
+                    doubts.setdefault(key, []).append(m.on.partition(",")[0].removeprefix("batch "))
+    return [
+        shortened(f"speed at batch {', '.join(dict.fromkeys(on))}: {_by(load) if doubt == DISTURBED else doubt}")
+        for doubt, on in doubts.items()
+    ]
+
+
+def _by(load: int) -> str:
+    """Foreign load in percent to one digit, upwards: rows that were disturbed alike share a footnote."""
+    digit = 10 ** (len(str(load)) - 1)
+    return f"{DISTURBED} up to {-(-load // digit) * digit} % of the cores meanwhile"
 
 
 def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:
