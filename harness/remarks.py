@@ -41,7 +41,9 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
         if m.value is None and m.metric in {q.metric for q in QUANTITIES}
     ]
     remarks += [
-        shortened(f"{m.metric} {re.sub(FOREIGN, lambda load: _by(int(load[1])), m.note)}")  # e.g. a baseline outside its anchor
+        shortened(
+            f"{m.metric} {re.sub(FOREIGN, lambda load: _by(int(load[1])), m.note)}"
+        )  # e.g. a baseline outside its anchor
         for m in noted
         if m.metric in ("perplexity", "compress_seconds") and m.value is not None and "collapsed" not in m.note
     ]

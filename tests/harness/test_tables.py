@@ -667,6 +667,39 @@ def test_what_else_runs_a_row_and_what_its_author_must_say_are_footnotes():
     assert "on this model a tie" in text
 
 
+def test_rows_that_others_disturbed_alike_share_a_footnote():
+    """Of a row the most that others took, to one digit and upwards; what one batch alone has stays its own."""
+
+    def disturbed(run, percents):
+        shares = iter(percents)
+        loads = [
+            replace(m, note=f"{m.note}; other processes used {next(shares)}% of the cores meanwhile")
+            if m.metric == "time_per_output_token_ms"
+            else m
+            for m in run.measurements
+        ]
+        return replace(run, measurements=loads)
+
+    runs = [
+        disturbed(record("gptq", 4), (52, 49)),
+        disturbed(record("rtn", 4), (31, 60)),
+        disturbed(record("awq", 4), (61, 9)),
+    ]
+    (block,) = blocks([record("dense"), *runs])
+    notes = {name: [block.notes[n - 1] for n in row["Method"].notes] for name, row in rows_of(block).items()}
+    shared = "speed at batch 1, 4: other processes used up to 60 % of the cores meanwhile"
+    assert shared in notes["GPTQ 4"]
+    assert shared in notes["RTN 4"]
+    assert "speed at batch 1, 4: other processes used up to 70 % of the cores meanwhile" in notes["AWQ 4"]
+    assert not any("other processes" in note for note in notes["Dense"])
+    wide = [
+        replace(m, note=m.note + "; 3 requests, interval wider than ±3%") if "batch 4" in m.on else m
+        for m in runs[0].measurements
+    ]
+    (block,) = blocks([replace(runs[0], measurements=wide)])
+    assert {shared, "speed at batch 4: 3 requests, interval wider than ±3%"} <= set(block.notes)
+
+
 def test_a_structured_row_says_what_was_removed_of_what_was_asked_for():
     share = "share of the blocks' weights removed"
     dense = record("dense")
