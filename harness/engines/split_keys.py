@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from harness.engines.attention import UNUSUAL
 from harness.engines.placement import starts_early
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    unusual = dropout or any(rest.get(name) is not None for name in ("position_bias", "s_aux", "softcap", "cache"))
+    unusual = dropout or any(rest.get(name) is not None for name in UNUSUAL)
     if unusual or not fits(query, key, value, attention_mask):
         if attention_mask is None and key.dtype == torch.float32 and not unusual:
             module, key, value = _with_own_keys(module, query, key, value)

@@ -21,6 +21,7 @@ from harness.engines.attention import (
     attention_of,
     needs_plain_rows,
     runs_one_query,
+    share_heads,
     shares_keys,
     use_attention,
 )
@@ -256,6 +257,8 @@ class TransformersEngine:
         self._check_length(prompt.shape[1] + new_tokens)
         prompt = prompt.to(self.module.device)
         mask = None if mask is None or bool(mask.all()) else mask.to(prompt.device).long()
+        if mask is not None:
+            share_heads(self.module)
         if mask is not None and not self._takes_padding:
             yield from self._row_by_row(prompt, new_tokens, mask, choose)
         else:

@@ -231,6 +231,41 @@ def test_implementations_of_attention_agree_and_name_themselves(name):
     assert torch.equal(torch.stack(list(engine.generate(tokens, 5, mask)), dim=1), padded)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3_text"])
+def test_padded_rows_read_shared_keys_where_they_lie(kind, monkeypatch):
+    """The distributions are those of copied keys, also where layers have windows, and the row says sdpa as before."""
+    changes = {"head_dim": 16} | ({"sliding_window": 8} if kind in ("mistral", "gemma3_text") else {})
+    module = causal_model(kind, **changes).double()
+    engine, tokens = TransformersEngine(module), token_ids(3, 14)
+    mask = torch.ones(3, 14, dtype=torch.bool)
+    mask[0, :5], mask[1, :2] = False, False
+    seen, key_heads = [], set()
+
+    def keep(logits, _step):
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *rest, **options):
+        if query.shape[-2] != tokens.shape[1]:  # not the prompts
+            key_heads.add(key.shape[1])
+        return real(query, key, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    list(engine.generate(tokens, 6, mask, choose=keep))
+    assert key_heads == {2}
+    assert engine.attention == "sdpa"
+    ours = torch.stack(seen)
+    seen.clear()
+    key_heads.clear()
+    module.set_attn_implementation("sdpa")
+    monkeypatch.setattr("harness.engines.transformers.share_heads", lambda module: None)
+    list(engine.generate(tokens, 6, mask, choose=keep))
+    assert key_heads == {4}
+    torch.testing.assert_close(ours, torch.stack(seen), rtol=1e-9, atol=1e-9)
+
+
 def test_an_implementation_that_cannot_run_is_not_replaced():
     with pytest.raises(RunError, match="flash_attention_2"):
         TransformersEngine(causal_model(), attention="flash_attention_2")
