@@ -127,9 +127,10 @@ def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
 
 
 def _by(load: int) -> str:
-    """Foreign load in percent to one digit, upwards: rows that were disturbed alike share a footnote."""
-    digit = 10 ** (len(str(load)) - 1)
-    return f"{DISTURBED} up to {-(-load // digit) * digit} % of the cores meanwhile"
+    """Foreign load in percent to one digit (two below 20, 200, …), upwards: rows disturbed alike share a footnote."""
+    digits = str(load)
+    step = 10 ** max(0, len(digits) - (2 if digits[0] == "1" else 1))
+    return f"{DISTURBED} up to {-(-load // step) * step} % of the cores meanwhile"
 
 
 def protocol_lines(records: list[RunRecord], columns: list[Column], kernel: str) -> list[str]:

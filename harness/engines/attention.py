@@ -3,12 +3,14 @@
 `sdpa` lets torch choose a kernel, call by call. `sdpa_flash`, `sdpa_efficient`, `sdpa_cudnn` and `sdpa_math` allow one
 alone and fail where it cannot run, so that a row which names a kernel ran that kernel. `tiled` is the reference of
 `methods.architecture.flash_attention`. `split_keys` reads a single query by a kernel of ours and all else as `sdpa`
-does; captured steps on a GPU choose it where several heads share keys and nothing was chosen. `sdpa` on a CPU reads padded
-rows in a form that copies no shared keys, see `share_heads`.
+does; captured steps on a GPU choose it where several heads share keys and nothing was chosen. `sdpa` on a CPU
+reads padded rows in a form that copies no shared keys, see `share_heads`.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,6 @@ ONE_QUERY = "split_keys"
 OURS = (*BACKENDS, "tiled", ONE_QUERY)
 IMPLEMENTATIONS = (*TRANSFORMERS, *OURS)
 UNUSUAL = ("position_bias", "s_aux", "softcap", "cache")  # arguments that change more than a scaled product does
-SHARING = "own_sdpa"  # sdpa, inside transformers
 
 
 def check_name(name: str, option: str) -> None:
@@ -83,19 +84,24 @@ def use_attention(module: PreTrainedModel, name: str) -> None:
         raise RunError(f"{type(module).__name__} runs {attention_of(module)} attention, not {name}")
 
 
-def share_heads(module: PreTrainedModel) -> None:
+def asks_for_sdpa(module: PreTrainedModel) -> bool:
+    """Whether a model's code looks whether its attention is called "sdpa" and does something else under another name.
+
+    Of those installed, models with an index of keys do: they would read all keys instead of the chosen ones.
+    """
+    return '"sdpa"' in inspect.getsource(sys.modules[type(module).__module__])
+
+
+def share_heads() -> None:
     """Let sdpa read keys that query heads share as they lie, also where rows are padded and one query is asked.
 
     transformers copies them for every head where there is a mask, because torch's kernels for GPUs cannot mask shared
-    heads. On a CPU, heads of one key head may be its queries instead, 3 to 12 times as fast; on a GPU nothing changes.
+    heads. On a CPU, heads of one key head may be its queries instead, 3 to 12 times as fast; all else is as before, in
+    the whole process.
     """
-    if module.config._attn_implementation == "sdpa" and module._supports_attention_backend and shares_keys(module):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface
 
-        AttentionInterface.register(SHARING, _attend_sharing)
-        AttentionMaskInterface.register(SHARING, sdpa_mask)
-        module.set_attn_implementation(SHARING)
+    AttentionInterface.register("sdpa", _attend_sharing)
 
 
 def _attend_sharing(
@@ -108,7 +114,7 @@ def _attend_sharing(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, Q, D], key and value [B, H_kv, K, D] -> [B, Q, H, D]."""
+    """query [B, H, Q, D], key [B, H_kv, K, D], value [B, H_kv, K, D_v] -> [B, Q, H, D_v]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     usual = not dropout and all(rest.get(name) is None for name in UNUSUAL)
@@ -116,16 +122,14 @@ def _attend_sharing(
     if not (usual and masked and query.shape[2] == 1 and query.device.type == "cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
     rows, heads, _, width = query.shape
-    together = query.reshape(rows, key.shape[1], -1, width)
+    together = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
     found = F.scaled_dot_product_attention(together, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(rows, 1, heads, width), None
+    return found.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def attention_of(module: PreTrainedModel) -> str:
     """The implementation that a model runs, by the name of `IMPLEMENTATIONS`."""
     own = module.config._attn_implementation
-    if own == SHARING:
-        return "sdpa"
     return next((name for name in OURS if _inside(name) == own), own)
 
 

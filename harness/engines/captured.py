@@ -60,7 +60,7 @@ class CapturedSteps:
     def __init__(self, engine: TransformersEngine, compiler: str | None = None) -> None:
         self._engine = engine
         self._compiler = compiler
-        self._shape: tuple[int, int, bool] | None = None
+        self._shape: tuple[int, int] | None = None
         self._slot: _Slot | None = None
         self.state = self.name(engine.module.device, compiler)
 
@@ -75,10 +75,12 @@ class CapturedSteps:
 
         mask: [B, P], 0 where a row is padded at its start. Nothing is kept of such a request.
         """
-        slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens, mask is not None)
-        if slot is None:
-            return None
-        return self._answers(slot, prompt, new_tokens) if mask is None else self._padded(slot, prompt, new_tokens, mask)
+        if mask is not None:
+            self.forget()
+            slot = self._made(len(prompt), prompt.shape[1] + new_tokens, padded=True)
+            return None if slot is None else self._padded(slot, prompt, new_tokens, mask)
+        slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens)
+        return None if slot is None else self._answers(slot, prompt, new_tokens)
 
     def _answers(self, slot: _Slot, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         step = self._prompt_reader(slot, prompt)(prompt)
@@ -86,18 +88,14 @@ class CapturedSteps:
         yield from self._steps(slot, step, new_tokens - 1)
 
     def _padded(self, slot: _Slot, prompt: Tensor, new_tokens: int, mask: Tensor) -> Iterator[Tensor]:
-        try:
-            slot.mask.fill_(1)
-            slot.mask[:, : mask.shape[1]] = mask
-            step = self._read(slot, prompt)
-            yield step[:, 0]
-            yield from self._steps(slot, step, new_tokens - 1)
-        finally:
-            self.forget()
+        slot.mask[:, : mask.shape[1]] = mask
+        step = self._read(slot, prompt)
+        yield step[:, 0]
+        yield from self._steps(slot, step, new_tokens - 1)
 
     def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor] | None:
         """Steps of `rows` sequences whose cache holds `held` tokens of noise; None where they cannot be captured."""
-        slot = self._slot_for(rows, held + new_tokens, padded=False)
+        slot = self._slot_for(rows, held + new_tokens)
         if slot is None:
             return None
         self.state = self.name(self._engine.module.device, self._compiler)  # no prompt is read
@@ -158,17 +156,20 @@ class CapturedSteps:
             step = slot.step().clone()
             yield step[:, 0]
 
-    def _slot_for(self, rows: int, longest: int, padded: bool) -> _Slot | None:
-        if self._shape != (rows, longest, padded):
+    def _slot_for(self, rows: int, longest: int) -> _Slot | None:
+        if self._shape != (rows, longest):
             self.forget()  # the memory of the shape before goes first
-            self._slot = self._made(rows, longest, padded)
-            self._shape = rows, longest, padded
+            self._slot = self._made(rows, longest, padded=False)
+            self._shape = rows, longest
         return self._slot
 
     def _made(self, rows: int, longest: int, padded: bool) -> _Slot | None:
         module, compiler = self._engine.module, None if padded else self._compiler
         if self._engine.attention not in ("eager", "sdpa", ONE_QUERY):
             self.state = f"plain steps: {self._engine.attention} attention does not mask a static cache"
+            return None
+        if not module._can_compile_fullgraph:
+            self.state = f"plain steps: transformers does not give {type(module).__name__} a static cache"
             return None
         made = static_cache(module, longest)
         if made is None:
@@ -195,7 +196,10 @@ class CapturedSteps:
         try:
             return _Slot(cache, held, token, mask, _capture(step, min(WARM_UP_STEPS, longest - 1)))
         except torch.OutOfMemoryError:
-            raise  # plain steps would need as much
+            if not padded:
+                raise  # plain steps would need as much
+            self.state = "plain steps: a cache for the longest answers of all rows does not fit"
+            return None  # plain ones leave out rows that have ended
         except RuntimeError as error:
             self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
             return None

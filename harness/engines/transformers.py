@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from harness.engines.attention import (
     ONE_QUERY,
+    asks_for_sdpa,
     attention_of,
     needs_plain_rows,
     runs_one_query,
@@ -258,7 +259,7 @@ class TransformersEngine:
         prompt = prompt.to(self.module.device)
         mask = None if mask is None or bool(mask.all()) else mask.to(prompt.device).long()
         if mask is not None:
-            share_heads(self.module)
+            share_heads()
         if mask is not None and not self._takes_padding:
             yield from self._row_by_row(prompt, new_tokens, mask, choose)
         else:
@@ -478,7 +479,7 @@ class TransformersEngine:
         if self._captures and self.module.device.type == "cuda":
             if mode == "decoding":
                 join_linears(self.module)
-            left = self._chosen_attention is None and self.attention == "sdpa"
+            left = self._chosen_attention is None and self.attention == "sdpa" and not asks_for_sdpa(self.module)
             if left and shares_keys(self.module) and runs_one_query(self.module):
                 use_attention(self.module, ONE_QUERY)
         self._mode = mode

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCABULARY, byte_tokenizer, causal_model, token_ids
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from harness.engines.attention import asks_for_sdpa
 from harness.engines.captured import CapturedSteps
 from harness.engines.transformers import TransformersEngine
 from harness.errors import ConfigError, RunError
@@ -167,13 +170,25 @@ def test_a_static_cache_generates_the_same_for_rows_padded_at_their_start(kind):
         assert torch.equal(torch.stack(list(captured.generate(prompt, 6, mask)), dim=1), expected)
         if kind != "bloom":  # nor can its attention read a static cache
             assert torch.equal(*(torch.stack(list(engine.generate(prompt, 6))) for engine in (plain, captured)))
-    unfinished = captured.generate(prompt, 6, mask)
-    next(unfinished)
-    assert (captured._captured is None) == (kind == "bloom")
-    if kind != "bloom":
-        assert captured._captured._slot is not None
-        unfinished.close()
-        assert captured._captured._slot is None
+    two = zip(captured.generate(prompt, 6, mask), captured.generate(prompt + 1, 6, mask), strict=True)  # at one time
+    for tokens, engine_steps in zip((prompt, prompt + 1), zip(*two, strict=True), strict=True):
+        assert torch.equal(torch.stack(engine_steps), torch.stack(list(plain.generate(tokens, 6, mask))))
+    list(captured.generate(prompt, 6, mask))
+    assert captured._captured is None or captured._captured._slot is None
+
+
+def test_a_model_without_a_static_cache_is_decoded_in_plain_steps():
+    """GPT-Neo cuts its window at the end of the cache, not of the text."""
+    module = causal_model(
+        "gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8
+    )
+    plain, captured = TransformersEngine(module), TransformersEngine(module, steps="captured")
+    prompt, mask = token_ids(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :3] = False
+    for padding in (None, mask):
+        expected = torch.stack(list(plain.generate(prompt, 12, padding)))
+        assert torch.equal(torch.stack(list(captured.generate(prompt, 12, padding))), expected)
+    assert "plain steps" in captured.kernels()
 
 
 @torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)  # past it torch gives up, silently
@@ -259,11 +274,27 @@ def test_padded_rows_read_shared_keys_where_they_lie(kind, monkeypatch):
     ours = torch.stack(seen)
     seen.clear()
     key_heads.clear()
-    module.set_attn_implementation("sdpa")
-    monkeypatch.setattr("harness.engines.transformers.share_heads", lambda module: None)
+    monkeypatch.setattr("harness.engines.transformers.share_heads", lambda: None)
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
     list(engine.generate(tokens, 6, mask, choose=keep))
     assert key_heads == {4}
     torch.testing.assert_close(ours, torch.stack(seen), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_that_looks_for_the_name_of_its_attention_keeps_it():
+    """One with an index of keys reads all of them under another name."""
+    pytest.importorskip("transformers.models.minimax_m3_vl", reason="newer than this transformers")
+    index = {"index_block_size": 4, "index_topk_blocks": 2, "index_local_blocks": 1, "index_n_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16, "index_head_dim": 16, "head_dim": 16}
+    layers = ["full_attention", "minimax_m3_sparse"]
+    module = causal_model("minimax_m3_vl_text", layer_types=layers, **index, **experts)
+    engine, tokens, mask = TransformersEngine(module), token_ids(2, 40), torch.ones(2, 40, dtype=torch.bool)
+    before = engine.score(tokens)
+    mask[0, :5] = False
+    list(engine.generate(tokens, 3, mask))
+    assert torch.equal(engine.score(tokens), before)
+    assert asks_for_sdpa(module)
+    assert not asks_for_sdpa(causal_model())
 
 
 def test_an_implementation_that_cannot_run_is_not_replaced():
