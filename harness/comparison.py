@@ -250,13 +250,15 @@ def _scaled(value: float, metric: str) -> float:
 
 
 def _p_of_difference(difference: float, variance: float, on: str) -> float:
-    """Of a difference whose variance was read off intervals. Those of windows are spreads of bootstrap resamples: of
-    few windows too narrow, and Student's t away from the normal distribution, as in `statistics.paired_p_value`.
+    """Of a difference whose variance was read off intervals, as if half of one were 1.96 standard deviations.
+
+    Of windows it is Student's quantile, as in `statistics.paired_p_value`.
     """
     if variance <= 0:
         return float(difference == 0)
     found = re.search(r", (\d+) windows$", on)
     if found is None:
         return statistics.two_sided(difference / sqrt(variance))
-    windows = max(2, int(found[1]))
-    return statistics.student_two_sided(difference / sqrt(variance * windows / (windows - 1)), windows - 1)
+    freedom = max(2, int(found[1])) - 1
+    deviations = statistics.student_quantile(freedom) / statistics.Z_95
+    return statistics.student_two_sided(difference / sqrt(variance) * deviations, freedom)

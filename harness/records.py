@@ -10,15 +10,17 @@ import glob
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from harness import statistics
 from harness.redaction import redacted
 
-SCHEMA = 1
+SCHEMA = 2
 
 Better = Literal["lower", "higher"]
 
@@ -119,8 +121,43 @@ def _number_text(m: Measurement) -> str:
     return f"{'' if m.value is None else m.value},{low},{high}"
 
 
+def _with_expanded_intervals(data: dict[str, Any]) -> dict[str, Any]:
+    """Intervals that were bootstrap percentiles, as wide as `statistics.bootstrap_interval` makes them now."""
+    measurements = data.get("measurements")
+    if not isinstance(measurements, list):
+        return data
+    return {**data, "measurements": [_expanded(m) if isinstance(m, dict) else m for m in measurements]}
+
+
+def _expanded(measurement: dict[str, Any]) -> dict[str, Any]:
+    metric, value, ends = (measurement.get(key) for key in ("metric", "value", "interval"))
+    units = _units_drawn(str(metric), str(measurement.get("on")))
+    if units is None or not isinstance(ends, list) or not all(type(x) in (int, float) for x in (value, *ends)):
+        return measurement
+    wider = statistics.expansion(units) / statistics.Z_95
+    if metric in _BY_FACTORS and min(value, *ends) > 0:
+        return measurement | {"interval": [value * (end / value) ** wider for end in ends]}
+    most = 1.0 if metric == "top1_agreement" else math.inf
+    return measurement | {"interval": [min(most, max(0.0, value + (end - value) * wider)) for end in ends]}
+
+
+def _units_drawn(metric: str, on: str) -> int | None:
+    """How many windows, passages or blocks of a stream the resamples of schema 1 were drawn from."""
+    if metric in ("perplexity", "perplexity_ratio", "bits_per_byte", "kl_divergence", "top1_agreement"):
+        found = re.search(r", (\d+) windows$", on)
+        return int(found[1]) if found else None
+    if metric == "decoding_speedup":
+        found = re.search(r", (\d+) passages,", on)
+        return int(found[1]) if found else None
+    if metric in ("stream_perplexity", "stream_perplexity_ratio"):
+        found = re.search(r", tokens (\d+) to (\d+)$", on) or re.search(r"-(\d+), past (\d+),", on)
+        return round(abs(int(found[2]) - int(found[1])) / 512) if found else None  # blocks of 512 tokens
+    return None
+
+
 # What makes a record of schema N one of schema N + 1, from its JSON values. Schema 1 is the oldest there is.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_expanded_intervals}
+_BY_FACTORS = {"perplexity", "perplexity_ratio", "stream_perplexity", "stream_perplexity_ratio", "decoding_speedup"}
 _NUMBERS = frozenset({float, int, type(None)})
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("id", "status", "model", "command", "started", "finished"), str),

@@ -7,6 +7,7 @@ All intervals are two-sided 95 %.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import atan, comb, cos, erfc, pi, sin, sqrt
 from typing import TYPE_CHECKING
 
@@ -34,18 +35,36 @@ def block_means(values: ArrayLike, block: int, resamples: int, generator: np.ran
     count = len(values)
     if not count:
         raise ValueError("no values to resample")
-    block = min(block, max(1, count // 2))
+    block, drawn = _blocks(count, block)
     extended = np.concatenate([np.zeros_like(values[:1]), values, values[: block - 1]]).cumsum(0)
     sums = extended[block:] - extended[:-block]  # of the block that starts at each of the N places
-    starts = generator.integers(count, size=(resamples, max(1, round(count / block))))
+    starts = generator.integers(count, size=(resamples, drawn))
     return sums[starts].mean(1) / block
 
 
-def percentile_interval(resampled: ArrayLike) -> Interval:
-    """The middle 95 % of resampled values."""
+def _blocks(count: int, block: int) -> tuple[int, int]:
+    """The length of a block, at most half of `count` values, and how many make up as many."""
+    block = min(block, max(1, count // 2))
+    return block, max(1, round(count / block))
+
+
+@cache
+def expansion(units: int) -> float:
+    """How many standard deviations of resampled means, of so many units, half of a 95 % interval must have.
+
+    t √(n / (n - 1)) instead of 1.96: a resample of n units varies less than the units' own spread says, and that spread
+    is itself an estimate (Hesterberg 2015, section 3.3): of 8 windows, percentiles alone cover 88 to 91 in 100.
+    """
+    units = max(2, units)
+    return student_quantile(units - 1) * sqrt(units / (units - 1))
+
+
+def bootstrap_interval(resampled: ArrayLike, units: int) -> Interval:
+    """95 % interval from resampled means of so many units: expanded percentiles (Hesterberg 2015)."""
     import numpy as np
 
-    low, high = np.quantile(np.asarray(resampled), [0.025, 0.975])
+    tail = two_sided(expansion(units)) / 2
+    low, high = np.quantile(np.asarray(resampled), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -53,7 +72,8 @@ def mean_interval(
     values: ArrayLike, block: int, generator: np.random.Generator, resamples: int = RESAMPLES
 ) -> Interval:
     """Interval of the mean of a series, by moving-block bootstrap."""
-    return percentile_interval(block_means(values, block, resamples, generator))
+    means = block_means(values, block, resamples, generator)
+    return bootstrap_interval(means, _blocks(len(values), block)[1])
 
 
 def perplexity_interval(

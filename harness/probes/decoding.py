@@ -115,4 +115,4 @@ def _ratio(times: np.ndarray, generator: np.random.Generator) -> tuple[float, st
     if len(times) < 6:
         return gain, None
     drawn = times[generator.integers(len(times), size=(statistics.RESAMPLES, len(times)))].sum(1)
-    return gain, statistics.percentile_interval(drawn[:, 0] / drawn[:, 1])
+    return gain, statistics.bootstrap_interval(drawn[:, 0] / drawn[:, 1], len(times))

@@ -7,9 +7,11 @@ import math
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fake_records import QUICK, failed, record, sweep
 
+from harness import statistics
 from harness.records import (
     SCHEMA,
     Measurement,
@@ -135,3 +137,23 @@ def test_a_written_file_may_be_read_by_whom_the_system_lets_read_files(tmp_path)
     plain.write_text("x")
     write_json_atomically({}, tmp_path / "x.json")
     assert (tmp_path / "x.json").stat().st_mode == plain.stat().st_mode
+
+
+def test_percentile_intervals_of_older_records_become_as_wide_as_they_are_now():
+    rng = np.random.default_rng(0)
+    losses = rng.normal(3.0, 0.4, size=16 * 50)
+    means = statistics.block_means(losses, 50, 4000, rng)
+    old = np.exp(np.quantile(means, [0.025, 0.975]))
+    row = record("gptq", 4)
+    on = "made-up text, gptq-512, 16 windows"
+    perplexity = Measurement("perplexity", float(np.exp(losses.mean())), "ppl", on, "lower", tuple(map(float, old)))
+    agreement = Measurement("top1_agreement", 0.999, "share", on, "higher", (0.99, 1.0))
+    accuracy = Measurement("accuracy", 0.5, "share", "arc_easy, 1000 questions", "higher", (0.47, 0.53))
+    data = to_json(replace(row, measurements=[perplexity, agreement, accuracy]))
+    read = from_json(data | {"schema": 1})
+    now = np.exp(statistics.bootstrap_interval(means, 16))
+    np.testing.assert_allclose(read.measurements[0].interval, now, atol=0.03 * (now[1] - now[0]))
+    assert read.measurements[1].interval[0] < 0.99
+    assert read.measurements[1].interval[1] == 1.0
+    assert read.measurements[2] == accuracy
+    assert from_json(data).measurements[0] == perplexity  # one of today

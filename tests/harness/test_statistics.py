@@ -31,6 +31,23 @@ def test_the_mean_interval_covers_a_planted_mean_nineteen_times_in_twenty():
     assert 0.87 <= np.mean(hits) <= 0.99
 
 
+@pytest.mark.parametrize("windows", [8, 16])
+def test_intervals_of_few_windows_cover_as_often_as_they_say(windows):
+    """Percentiles alone cover 88 and 92 times in 100 here."""
+    rng = generator(windows)
+    series = (correlated(rng, 40 * windows, 0.5) for _ in range(400))
+    hits = [covered(statistics.mean_interval(values, 40, rng, 1000), 3.0) for values in series]
+    assert 0.92 <= np.mean(hits) <= 0.98
+
+
+def test_an_expanded_interval_is_students_where_resamples_are_normal():
+    values = generator().normal(size=12)
+    low, high = statistics.student_interval(values)
+    spread = values.std() / np.sqrt(12)  # of resampled means
+    normal = generator(1).normal(values.mean(), spread, 400_000)
+    np.testing.assert_allclose(statistics.bootstrap_interval(normal, 12), (low, high), atol=0.02 * (high - low))
+
+
 def test_blocks_of_one_miss_the_correlation_that_long_blocks_see():
     series = correlated(generator(), 4000, 0.9)
     short = statistics.mean_interval(series, 1, generator())
