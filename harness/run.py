@@ -31,6 +31,7 @@ from harness.engines.choice import DEFAULT, check_probes, hardware_with, is_defa
 from harness.errors import ConfigError, RunError
 from harness.evaluation import kept_measurements
 from harness.records import (
+    SCHEMA,
     Failure,
     Measurement,
     RunRecord,
@@ -518,11 +519,11 @@ def _measure(
 
 
 def _forget_other_versions(kept: Path, made_with: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Forget what probes kept that ran with other packages: a record is of one set of versions, which it names."""
+    """Forget what probes kept that ran with other packages or wrote for another schema: a record is of one of each."""
     file = kept / VERSIONS
-    now = {key: made_with[key] for key in ("versions", "engine_versions") if key in made_with}
+    now = {key: made_with[key] for key in ("versions", "engine_versions") if key in made_with} | {"schema": SCHEMA}
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
-        say("  what was measured before is of other versions of packages, and measured again")
+        say("  what was measured before is of other versions of packages or of this harness, and measured again")
         shutil.rmtree(kept)
     write_json_atomically(now, file)
 

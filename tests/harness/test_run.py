@@ -60,8 +60,8 @@ def test_a_failed_baseline_is_named_and_nothing_is_compared_with_it(config, tmp_
     assert (record.card["name"], record.status, record.failure.stage) == ("dense", "failed", "compress")
 
 
-def test_what_was_kept_by_other_versions_of_packages_is_measured_again(tmp_path):
-    """A sweep that was killed goes on after an upgrade: its record names one set of versions."""
+def test_what_was_kept_by_other_versions_is_measured_again(tmp_path, monkeypatch):
+    """A sweep that was killed goes on after an upgrade: its record names one set of versions, and one schema."""
     kept, said = tmp_path / "kept", []
 
     def left_of(torch: str) -> bool:
@@ -74,6 +74,10 @@ def test_what_was_kept_by_other_versions_of_packages_is_measured_again(tmp_path)
     assert not said
     assert not left_of("2.13")
     assert len(said) == 1
+    (kept / "0-Perplexity.json").write_text("[]")
+    assert left_of("2.13")
+    monkeypatch.setattr(run, "SCHEMA", run.SCHEMA + 1)
+    assert not left_of("2.13")
 
 
 def test_a_torn_record_is_named_and_not_overwritten(config, tmp_path):
