@@ -87,9 +87,13 @@ def use_attention(module: PreTrainedModel, name: str) -> None:
 def asks_for_sdpa(module: PreTrainedModel) -> bool:
     """Whether a model's code looks whether its attention is called "sdpa" and does something else under another name.
 
-    Of those installed, models with an index of keys do: they would read all keys instead of the chosen ones.
+    Of those installed, models with an index of keys do: they would read all keys instead of the chosen ones. True as well
+    where the code cannot be read.
     """
-    return '"sdpa"' in inspect.getsource(sys.modules[type(module).__module__])
+    try:
+        return '"sdpa"' in inspect.getsource(sys.modules[type(module).__module__])
+    except (OSError, TypeError):
+        return True
 
 
 def share_heads() -> None:
