@@ -87,8 +87,8 @@ def use_attention(module: PreTrainedModel, name: str) -> None:
 def asks_for_sdpa(module: PreTrainedModel) -> bool:
     """Whether a model's code looks whether its attention is called "sdpa" and does something else under another name.
 
-    Of those installed, models with an index of keys do: they would read all keys instead of the chosen ones. True as well
-    where the code cannot be read.
+    Of those installed, models with an index of keys do: they would read all keys instead of the chosen ones.
+    True as well where the code cannot be read.
     """
     try:
         return '"sdpa"' in inspect.getsource(sys.modules[type(module).__module__])
