@@ -72,6 +72,16 @@ def test_rows_without_any_effect_are_told_from_dense_as_rarely_as_stated():
     assert 0.02 <= wrong / 200 <= 0.10
 
 
+@pytest.mark.parametrize("windows", [8, 64])
+def test_an_interval_that_just_reaches_no_difference_is_one_chance_in_twenty(windows):
+    """Whatever the number of windows: an interval is as wide as the test that reads it."""
+    on, dense = f"made-up text, gptq-512, {windows} windows", record("dense")
+    edge = Measurement("perplexity_ratio", 1.02, "× dense", on, "lower", (1.0, 1.02**2))
+    run = replace(record("gptq", 4), measurements=[Measurement("perplexity", 20.4, "ppl", on, "lower"), edge])
+    dense = replace(dense, measurements=[Measurement("perplexity", 20.0, "ppl", on, "lower")])
+    assert Judge().p_value(arm(run, "perplexity", on), arm(dense, "perplexity", on)) == pytest.approx(0.05, abs=1e-6)
+
+
 def test_a_noise_floor_covers_a_difference_from_dense_that_the_tokens_are_sure_of():
     dense, run = record("dense"), record("gptq", 4, loss=0.02)
     rows = [arm(run)]
