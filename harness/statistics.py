@@ -53,7 +53,8 @@ def expansion(units: int) -> float:
     """How many standard deviations of resampled means, of so many units, half of a 95 % interval must have.
 
     t √(n / (n - 1)) instead of 1.96: a resample of n units varies less than the units' own spread says, and that spread
-    is itself an estimate (Hesterberg 2015, section 3.3): of 8 windows, percentiles alone cover 88 to 91 in 100.
+    is itself an estimate (Hesterberg 2015, The American Statistician 69, expanded percentile interval). Of 8 windows,
+    percentiles alone cover 88 to 91 in 100.
     """
     units = max(2, units)
     return student_quantile(units - 1) * sqrt(units / (units - 1))
