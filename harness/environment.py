@@ -41,6 +41,7 @@ USUAL = {
 }  # options that came later: at these values nothing is new
 FOREIGN_LOAD = 0.1  # share of this process's cores that others may take before what was measured says so
 DISTURBED = "other processes used"  # how the note begins
+FOREIGN = rf"{DISTURBED} (\d+)% of the cores meanwhile"  # the whole of it, with percent
 STEPS = ("plain", "captured", "compiled", "auto")  # how tokens are decoded, see TransformersEngine
 
 

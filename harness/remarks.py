@@ -9,18 +9,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.columns import PROTOCOL_METRICS, QUANTITIES, Column, batch_of
-from harness.environment import DISTURBED
+from harness.environment import DISTURBED, FOREIGN
 from harness.records import OFF_GRID, REMOVED_SHARE, WITH_ZEROS, Measurement, RunRecord
 from harness.rows import engine_name, lines_of, name_of, shortened, sparsity_of, title_of
 from harness.sanity import AT_CHANCE
 from harness.taxonomy import DENSE
 
-FOREIGN = rf"{DISTURBED} (\d+)% of the cores meanwhile"  # a note, with percent
-PROTOCOLS = (
+PROTOCOLS = (  # above a block
     ("perplexity", "Perplexity"),
     ("word_perplexity", "Perplexity per word"),
     ("accuracy", "Tasks"),
-)  # above a block
+)
 
 
 def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]:
@@ -41,9 +40,7 @@ def remarks_of(record: RunRecord, beside: Sequence[RunRecord] = ()) -> list[str]
         if m.value is None and m.metric in {q.metric for q in QUANTITIES}
     ]
     remarks += [
-        shortened(
-            f"{m.metric} {re.sub(FOREIGN, lambda load: _by(int(load[1])), m.note)}"
-        )  # e.g. a baseline outside its anchor
+        shortened(f"{m.metric} {_with_rounded_load(m.note)}")  # e.g. a baseline outside its anchor
         for m in noted
         if m.metric in ("perplexity", "compress_seconds") and m.value is not None and "collapsed" not in m.note
     ]
@@ -124,6 +121,10 @@ def _doubts_about_speed(noted: Sequence[Measurement]) -> list[str]:
         shortened(f"speed at batch {', '.join(dict.fromkeys(on))}: {_by(load) if doubt == DISTURBED else doubt}")
         for doubt, on in doubts.items()
     ]
+
+
+def _with_rounded_load(note: str) -> str:
+    return re.sub(FOREIGN, lambda load: _by(int(load[1])), note)
 
 
 def _by(load: int) -> str:

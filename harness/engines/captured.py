@@ -71,7 +71,9 @@ class CapturedSteps:
         return name if compiler is None else f"compiled, {name}"
 
     def generate(self, prompt: Tensor, new_tokens: int, mask: Tensor | None = None) -> Iterator[Tensor] | None:
-        """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step; None where it takes plain steps.
+        """What the engine's plain steps yield: ids [B, P] -> one tensor of ids [B] per step.
+
+        None where this model takes plain steps, and `state` says why.
 
         mask: [B, P], 0 where a row is padded at its start. Nothing is kept of such a request.
         """

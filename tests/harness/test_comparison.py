@@ -82,6 +82,19 @@ def test_an_interval_that_just_reaches_no_difference_is_one_chance_in_twenty(win
     assert Judge().p_value(arm(run, "perplexity", on), arm(dense, "perplexity", on)) == pytest.approx(0.05, abs=1e-6)
 
 
+def test_seconds_beside_other_processes_may_be_longer_by_what_these_took():
+    """299 s beside processes that used five times the cores are no longer than 60 s alone, but longer than 30 s."""
+
+    def taking(seconds, note=""):
+        return record("gptq", 4), Measurement("compress_seconds", seconds, "s", "text", "lower", note=note)
+
+    disturbed = taking(299.0, "other processes used 500% of the cores meanwhile")
+    assert Judge().p_value(disturbed, taking(60.0)) == 1
+    assert Judge().p_value(disturbed, taking(30.0)) != 1
+    assert Judge().p_value(taking(299.0), taking(60.0)) != 1
+    assert Judge().p_value(taking(60.0, disturbed[1].note), taking(299.0)) != 1  # the longer one was alone
+
+
 def test_a_noise_floor_covers_a_difference_from_dense_that_the_tokens_are_sure_of():
     dense, run = record("dense"), record("gptq", 4, loss=0.02)
     rows = [arm(run)]
