@@ -57,7 +57,8 @@ class Hardware:
     attention: implementation of attention, where the method has none of its own; None is transformers' choice.
     steps: how tokens are decoded in speed measurements: "plain", "captured" (a static cache, one CUDA graph for all
         steps), "compiled" (the same, the step compiled before: a minute or two for each shape of request), or "auto",
-        which captures on a GPU. Answers of tasks are decoded as by "auto", unless it is "plain".
+        which captures on a GPU where nothing is guessed. Answers of tasks are decoded as by "auto", unless it is
+        "plain".
     devices: GPUs of this machine that hold the model together, some blocks each, while it is measured.
     sharded: processes that train a student together (`accelerate launch`) hold a part of it each, instead of all of it.
     compress_seconds_limit, evaluate_seconds_limit: a stage that runs longer is ended and recorded as failed.

@@ -38,7 +38,7 @@ _Reader = tuple[str, "Callable[[Tensor], Tensor]"]  # what the row says, and wha
 
 @dataclass
 class _Slot:
-    """Memory of requests of one shape; `step` reads `token` [B, 1] and answers with the next one."""
+    """Memory of requests of one shape; `step` reads `token` [B, W] and answers with the next of each."""
 
     cache: Cache
     held: Tensor  # how many tokens the cache holds
@@ -46,6 +46,27 @@ class _Slot:
     mask: Tensor | None  # [B, places], 0 where a row is padded at its start; None where no row is
     step: Callable[[], Tensor]
     prompts: dict[int, _Reader] = field(default_factory=dict)  # by length, with the state to name them by
+
+
+class CheckedRequest:
+    """A request that reads several tokens at once and may take some of them back: what guessing ahead needs.
+
+    first: [B], what follows the prompt.
+    """
+
+    def __init__(self, slot: _Slot, first: Tensor) -> None:
+        self._slot = slot
+        self.first = first
+
+    def likeliest(self, ids: Tensor) -> Tensor:
+        """What follows each of the next tokens: ids [B, at most W] -> ids of the same shape, on the model's device."""
+        count = ids.shape[1]
+        self._slot.token[:, :count].copy_(ids)  # what stands behind them is read too, and taken back
+        return self._slot.step()[:, :count].clone()
+
+    def keep(self, count: int) -> None:
+        """Of the tokens read last only the first `count` stay."""
+        self._slot.held.sub_(self._slot.token.shape[1] - count)
 
 
 class CapturedSteps:
@@ -60,7 +81,7 @@ class CapturedSteps:
     def __init__(self, engine: TransformersEngine, compiler: str | None = None) -> None:
         self._engine = engine
         self._compiler = compiler
-        self._shape: tuple[int, int] | None = None
+        self._shape: tuple[int, int, int] | None = None
         self._slot: _Slot | None = None
         self.state = self.name(engine.module.device, compiler)
 
@@ -83,6 +104,19 @@ class CapturedSteps:
             return None if slot is None else self._padded(slot, prompt, new_tokens, mask)
         slot = self._slot_for(len(prompt), prompt.shape[1] + new_tokens)
         return None if slot is None else self._answers(slot, prompt, new_tokens)
+
+    def checked(self, prompt: Tensor, new_tokens: int, width: int) -> CheckedRequest | None:
+        """A request whose passes read `width` tokens: ids [B, P]. None where this model takes plain steps.
+
+        The last pass may read `width` - 1 tokens behind the answer, which must have places, too.
+        """
+        longest = prompt.shape[1] + new_tokens + width - 1
+        most = self._engine.context_tokens
+        if most is not None and longest > most:
+            self.state = f"plain steps: guesses behind the answer would need {longest} of {most} positions"
+            return None
+        slot = self._slot_for(len(prompt), longest, width)
+        return None if slot is None else CheckedRequest(slot, self._prompt_reader(slot, prompt)(prompt)[:, 0])
 
     def _answers(self, slot: _Slot, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         step = self._prompt_reader(slot, prompt)(prompt)
@@ -158,14 +192,14 @@ class CapturedSteps:
             step = slot.step().clone()
             yield step[:, 0]
 
-    def _slot_for(self, rows: int, longest: int) -> _Slot | None:
-        if self._shape != (rows, longest):
+    def _slot_for(self, rows: int, longest: int, width: int = 1) -> _Slot | None:
+        if self._shape != (rows, longest, width):
             self.forget()  # the memory of the shape before goes first
-            self._slot = self._made(rows, longest, padded=False)
-            self._shape = rows, longest
+            self._slot = self._made(rows, longest, padded=False, width=width)
+            self._shape = rows, longest, width
         return self._slot
 
-    def _made(self, rows: int, longest: int, padded: bool) -> _Slot | None:
+    def _made(self, rows: int, longest: int, padded: bool, width: int = 1) -> _Slot | None:
         module, compiler = self._engine.module, None if padded else self._compiler
         if self._engine.attention not in ("eager", "sdpa", ONE_QUERY):
             self.state = f"plain steps: {self._engine.attention} attention does not mask a static cache"
@@ -178,7 +212,7 @@ class CapturedSteps:
             self.state = "plain steps: layers with windows of their own change shape"
             return None
         cache, held = made
-        token = torch.zeros(rows, 1, dtype=torch.long, device=module.device)
+        token = torch.zeros(rows, width, dtype=torch.long, device=module.device)
         mask = torch.ones(rows, longest, dtype=torch.long, device=module.device) if padded else None
         reader = module
         if compiler is not None:
@@ -188,22 +222,25 @@ class CapturedSteps:
             reader = torch.compile(module, backend=compiler, dynamic=False, options=options)
 
         def step() -> Tensor:
-            answer = self._engine.advance(token, cache, mask=mask, held=held, reader=reader).argmax(-1)
-            held.add_(1)
+            answer = self._engine.advance(token, cache, width, mask, held, reader).argmax(-1)
+            held.add_(width)
             return answer
 
         self.state = self.name(module.device, compiler)
-        if module.device.type not in GRAPHS_ON:
-            return _Slot(cache, held, token, mask, step)
+        graph = module.device.type in GRAPHS_ON
+        warm_up = min(WARM_UP_STEPS, (longest - 1) // width)
         try:
-            return _Slot(cache, held, token, mask, _capture(step, min(WARM_UP_STEPS, longest - 1)))
+            # models that add to the mask of attention themselves expect it without empty places: two tokens show it
+            self._engine.advance(token.new_zeros(rows, min(2, longest)), cache, mask=mask, held=held)
+            cache.reset()
+            return _Slot(cache, held, token, mask, _capture(step, warm_up) if graph else step)
         except torch.OutOfMemoryError:
             if not padded:
                 raise  # plain steps would need as much
             self.state = "plain steps: a cache for the longest answers of all rows does not fit"
             return None  # plain ones leave out rows that have ended
         except RuntimeError as error:
-            self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
+            self.state = f"plain steps: no {'CUDA graph' if graph else 'static cache'} ({str(error).splitlines()[0]})"
             return None
 
 

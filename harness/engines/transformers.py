@@ -26,7 +26,7 @@ from harness.engines.attention import (
     shares_keys,
     use_attention,
 )
-from harness.engines.captured import CapturedSteps
+from harness.engines.captured import CapturedSteps, CheckedRequest
 from harness.engines.joined import join_linears
 from harness.engines.placement import devices_of, is_divided
 from harness.errors import RunError
@@ -76,7 +76,8 @@ class TransformersEngine:
     attention: the implementation of attention, see `harness.engines.attention`; None is transformers' choice.
     decoding: how tokens are generated; None is one after the other, each the likeliest.
     steps: "plain", or "captured": a static cache and one CUDA graph for all decoding steps (on a CPU the static cache
-        alone). "compiled" compiles the step before. "auto" captures on a GPU where the cache is the plain one.
+        alone). "compiled" compiles the step before. "auto" captures on a GPU where the cache is the plain one and
+        nothing is guessed.
     """
 
     def __init__(
@@ -264,6 +265,10 @@ class TransformersEngine:
             yield from self._row_by_row(prompt, new_tokens, mask, choose)
         else:
             yield from self._generate(prompt, new_tokens, mask, choose, ended)
+
+    def checked(self, prompt: Tensor, new_tokens: int, width: int) -> CheckedRequest | None:
+        """A request in captured steps whose passes read `width` tokens, ids [B, P]; None where steps are plain."""
+        return self._capturing.checked(prompt, new_tokens, width) if self._captures else None
 
     @torch.inference_mode()
     def generate_after_noise(self, rows: int, held: int, new_tokens: int) -> Iterator[Tensor]:
@@ -505,7 +510,7 @@ class TransformersEngine:
         if self.steps == "auto":
             plain = self.cache is None and self.decoding is None
             return plain and self.module.device.type == "cuda" and not is_divided(self.module)  # a graph has one GPU
-        return self.steps in ("captured", "compiled") and self.cache is None and self.decoding is None
+        return self.steps in ("captured", "compiled") and self.cache is None
 
     @property
     def _compiler(self) -> str | None:

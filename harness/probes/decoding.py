@@ -66,8 +66,9 @@ class DecodingGain:
                 answers[column], times[index, column] = self._request(engine, prompt)
             same.append(_agreement(answers[0], answers[1]))
         clocked = decoding.counting(self.clock)
+        clocking = lm.engine.decoding_by(clocked)  # one engine: what it captures serves all requests
         for prompt in prompts[: max(1, len(prompts) // 2)]:
-            self._request(lm.engine.decoding_by(clocked), prompt)
+            self._request(clocking, prompt)
 
         dtype = context.hardware.resolved_decoding_dtype()
         on = (
@@ -79,7 +80,7 @@ class DecodingGain:
         gain, interval = _ratio(times, np.random.default_rng(context.seed))
         note = (
             f"expected {theory:.2f} if a check cost one step, {costs:.2f} with its measured cost; "
-            f"{1e3 * per_step:.1f} ms a step alone; {lm.engine.kernels()}"
+            f"{1e3 * per_step:.1f} ms a step alone; {guessing.kernels()}"
         )
         yield Measurement("decoding_speedup", gain, "× token by token", on, "higher", interval, note)
         counts = counted.counts

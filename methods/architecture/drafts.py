@@ -140,7 +140,7 @@ class ModelDrafter:
     def propose(self, text: Tensor, count: int, mask: Tensor | None) -> Guesses:
         """See Drafter."""
         length = text.shape[1]
-        step = text[:, self._back_to(length - 1) :]
+        step = text[:, self._back_to(length - 1) :].to(self._engine.module.device)
         tokens, distributions = [], []
         for _ in range(count):
             known = None if mask is None else _extended(mask, self._known + step.shape[1])

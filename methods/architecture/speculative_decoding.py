@@ -25,6 +25,8 @@ from harness.errors import ConfigError, RunError
 from methods.architecture.drafts import NONE, Choose, Draft, Guesses
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from harness.engines.transformers import TransformersEngine
     from harness.method import Bench, LanguageModel
 
@@ -181,13 +183,11 @@ class Speculation:
         greedy = sampling is None or sampling.temperature == 0
         choose = _likeliest if greedy else _drawing(sampling, generator)
         drafter = self.draft.begin(engine, choose)
-        cache = engine.new_cache()
-        if not cache.is_croppable and cache.layers:
-            raise RunError("this cache cannot take tokens back, which speculative decoding needs; choose another")
-        cache.activate_past_recording()
-        text = torch.cat([prompt, choose(engine.advance(prompt, cache, mask=mask)[:, -1])[0][:, None]], dim=1)
-        cache.crop(0)
-        yield text[:, -1]
+        captured = engine.checked(prompt, new_tokens, self.drafts + 1) if greedy and mask is None else None
+        target = captured or _Plain(engine, prompt, mask, choose)
+        # with a graph the host would wait for its own small operations on the text: it keeps the text itself
+        text = torch.cat([prompt, target.first[:, None]], dim=1).to("cpu" if captured else prompt.device)
+        yield target.first
         end = prompt.shape[1] + new_tokens
         while text.shape[1] < end:
             mask = None if mask is None else _grown(mask, text.shape[1])
@@ -195,24 +195,23 @@ class Speculation:
             begun = self._now(engine)
             guesses = drafter.propose(text, min(self.drafts, room), mask) if room else _none(text)
             guessed = self._now(engine)
-            count = guesses.tokens.shape[1]
-            step = torch.cat([text[:, -1:], guesses.tokens.clamp(min=0)], dim=1)
-            read = None if mask is None else _grown(mask, text.shape[1] + count)
-            logits = engine.advance(step, cache, keep=count + 1, mask=read)
+            tokens = guesses.tokens.to(text.device)
+            count = tokens.shape[1]
+            step = torch.cat([text[:, -1:], tokens.clamp(min=0)], dim=1)
             if greedy:
-                accepted, following = accept_greedy(logits.argmax(-1), guesses.tokens)
+                accepted, following = accept_greedy(target.likeliest(step).to(text.device), tokens)
             else:
-                target = sampling.distribution(logits)
-                accepted, following = accept_sampled(target, guesses.tokens, guesses.distributions, generator)
+                distributions = sampling.distribution(target.logits(step))
+                accepted, following = accept_sampled(distributions, tokens, guesses.distributions, generator)
             pace = int(accepted.min())
             last = following
             if pace < count:
-                last = torch.where(accepted > pace, guesses.tokens[:, pace], following)
-            cache.crop(pace - count)
-            new = torch.cat([guesses.tokens[:, :pace], last[:, None]], dim=1)
-            self._count(guesses.tokens, pace, guessed - begun, self._now(engine) - guessed)
+                last = torch.where(accepted > pace, tokens[:, pace], following)
+            target.keep(pace + 1)
+            new = torch.cat([tokens[:, :pace], last[:, None]], dim=1)
+            self._count(tokens, pace, guessed - begun, self._now(engine) - guessed)
             text = torch.cat([text, new], dim=1)
-            yield from new.unbind(1)
+            yield from new.to(prompt.device).unbind(1)
 
     def _now(self, engine: TransformersEngine) -> float:
         if self.clock is None:
@@ -231,6 +230,38 @@ class Speculation:
         self.counts.examined += min(pace + 1, count)
         self.counts.guess_seconds += guess_seconds
         self.counts.check_seconds += check_seconds
+
+
+class _Plain:
+    """The target's passes in plain steps, with the cache of its engine.
+
+    first: [B], what follows the prompt.
+    """
+
+    def __init__(self, engine: TransformersEngine, prompt: Tensor, mask: Tensor | None, choose: Choose) -> None:
+        self._engine, self._mask = engine, mask
+        self._cache: Cache = engine.new_cache()
+        if not self._cache.is_croppable and self._cache.layers:
+            raise RunError("this cache cannot take tokens back, which speculative decoding needs; choose another")
+        self._cache.activate_past_recording()
+        self.first = choose(engine.advance(prompt, self._cache, mask=mask)[:, -1])[0]
+        self._held, self._read = prompt.shape[1], 0
+        self._cache.crop(0)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Of what follows each of the next tokens: ids [B, n] -> [B, n, V]."""
+        self._read = ids.shape[1]
+        mask = None if self._mask is None else _grown(self._mask, self._held + self._read)
+        return self._engine.advance(ids, self._cache, keep=self._read, mask=mask)
+
+    def likeliest(self, ids: Tensor) -> Tensor:
+        """What follows each of the next tokens: ids [B, n] -> ids [B, n]."""
+        return self.logits(ids).argmax(-1)
+
+    def keep(self, count: int) -> None:
+        """Of the tokens read last only the first `count` stay."""
+        self._cache.crop(count - self._read)
+        self._held += count
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, None]:

@@ -37,6 +37,7 @@ from methods.architecture.speculative_decoding import (
 from methods.blocks import decoder_blocks
 
 DRAFTS = [PromptLookup(3, 1), TruncatedDraft(2)]
+WITHOUT_STATIC_CACHE = ("mistral", "gemma2", "gemma3", "falcon_alibi", "bloom")  # windows of their own, ALiBi
 PROMPT = torch.cat([tiny_tokens(3, 8), tiny_tokens(3, 8)], dim=1)  # repeats itself, so that looking up finds something
 
 
@@ -93,6 +94,77 @@ def test_right_guesses_are_all_taken_and_wrong_ones_cost_nothing_but_time():
         assert torch.equal(generated(TransformersEngine(module, decoding=decoding), PROMPT[:1], 21), answer)
         assert decoding.counts.passes == passes  # 1 token of the prompt's pass, then 5 a pass or 1
         assert decoding.counts.tokens == 20
+
+
+# ------------------------------------------------------------------------------------------------- captured passes
+
+
+@pytest.mark.parametrize("draft", DRAFTS, ids=lambda draft: draft.name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_captured_passes_give_the_models_own_tokens_in_as_many_passes(architecture, draft):
+    """Models without a static cache take plain ones, and say so; so do rows with padding."""
+    module = tiny_model(architecture)
+    plain, counts, tokens = Speculation(draft, 4), [], []
+    expected = [generated(TransformersEngine(module), prompt, 24) for prompt in (PROMPT, PROMPT[:1], PROMPT[1:2])]
+    for steps in ("plain", "captured"):
+        decoding = plain.counting(None)
+        engine = TransformersEngine(module, decoding=decoding, steps=steps)
+        tokens.append([generated(engine, prompt, 24) for prompt in (PROMPT, PROMPT[:1], PROMPT[1:2])])
+        counts.append(decoding.counts)
+    for found in tokens:
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert counts[0] == counts[1]
+    assert ("plain steps" in engine.kernels()) == (architecture in WITHOUT_STATIC_CACHE)
+    mask = torch.ones_like(PROMPT, dtype=torch.bool)
+    mask[0, :5] = False
+    assert torch.equal(generated(engine, PROMPT, 12, mask), generated(TransformersEngine(module), PROMPT, 12, mask))
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 9])
+def test_a_captured_pass_is_warmed_up_within_its_cache_and_ends_where_the_answer_does(new_tokens, monkeypatch):
+    """The graph's stand-in does the work that a graph is warmed up with, and then the same on the same memory."""
+    module, warm = tiny_model("llama"), []
+
+    def warmed(step, warm_up):
+        warm.append(warm_up)
+        for _ in range(warm_up):
+            step()
+        return step
+
+    monkeypatch.setattr("harness.engines.captured._capture", warmed)
+    monkeypatch.setattr("harness.engines.captured.GRAPHS_ON", ("cpu",))
+    plain = TransformersEngine(module)
+    for prompt in (PROMPT, PROMPT[:, :1], PROMPT[:1], PROMPT[1:2]):  # the last reuses what the third captured
+        expected = generated(plain, prompt, new_tokens)
+        engine = TransformersEngine(module, decoding=Speculation(PromptLookup(3, 1), 7), steps="captured")
+        for _ in range(2):
+            assert torch.equal(generated(engine, prompt, new_tokens), expected)
+    assert "prompts too" in engine.kernels()
+    assert min(warm) >= 1
+
+
+def test_guesses_behind_the_last_position_are_not_read():
+    """A pass of fixed width would read them: learned positions end there."""
+    module = tiny_model("opt")
+    most = TransformersEngine(module).trained_tokens
+    prompt = PROMPT[:1].repeat(1, most // PROMPT.shape[1] + 1)[:, : most - 8]
+    engine = TransformersEngine(module, decoding=Speculation(PromptLookup(3, 1), 4), steps="captured")
+    assert torch.equal(generated(engine, prompt, 4), generated(TransformersEngine(module), prompt, 4))
+    assert "plain steps" not in engine.kernels()
+    assert torch.equal(generated(engine, prompt, 8), generated(TransformersEngine(module), prompt, 8))
+    assert "plain steps" in engine.kernels()
+
+
+def test_rejected_guesses_leave_nothing_in_a_static_cache():
+    module = tiny_model("llama")
+    answer = generated(TransformersEngine(module), PROMPT, 21)
+    for right in (0, 2, 4):  # of each pass's guesses, in turn with none
+        guesses = answer.clone()
+        guesses[:, right::5] = (guesses[:, right::5] + 1) % 97
+        decoding = Speculation(Oracle(guesses, PROMPT.shape[1]), 4)
+        assert torch.equal(
+            generated(TransformersEngine(module, decoding=decoding, steps="captured"), PROMPT, 21), answer
+        )
 
 
 def test_the_cache_after_a_pass_is_that_of_the_text_alone():
