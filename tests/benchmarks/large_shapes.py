@@ -1,6 +1,6 @@
 """The rows of experiment=large_shapes one after the other, within a time: shapes of 7B and 8B on one GPU.
 
-    python tests/benchmarks/large_shapes.py --results /dev/shm/large --seconds 530
+    python tests/benchmarks/large_shapes.py --results DIR --seconds 530
     python tests/benchmarks/large_shapes.py --results DIR --models tiny --override hardware=cpu --override …
 
 A row that is recorded is skipped, one for which too little time is left is not begun: the same command goes on there.
