@@ -131,13 +131,19 @@ class Judge:
             return 1.0
         found, test = self._from_differences_to_dense(one, other), "paired differences from dense"
         if found is None:
-            found, test = _from_intervals(one[1], other[1]), "intervals"
+            found, test = _from_intervals(one[1], other[1]), self._intervals(one)
         if found is None or found > BEYOND_DOUBT:  # these two find less: outcomes need not be read where they do
             paired = _from_outcomes(one, other, self.kept)
             found, test = (found, test) if paired is None else (paired, "paired on kept tokens and questions")
         if found is not None:
             self.tests.add(test)
         return found
+
+    def _intervals(self, arm: Arm) -> str:
+        """What intervals tell: of a time that of one run, which says nothing of how far two runs lie apart."""
+        record, m = arm
+        alone = assumed(m.metric) and self.floors.relative(record, m.metric, m.on) is None
+        return "intervals of one run each (no noise floor of this machine)" if alone else "intervals"
 
     def _against_dense(self, row: Arm, dense: Arm | None) -> float | None:
         if dense is not None and (row[1].metric not in TO_DENSE or self._below_the_floor(row, dense)):

@@ -164,3 +164,15 @@ def test_a_size_is_exact_and_a_time_without_an_interval_is_not_until_a_noise_flo
         spreads = {"decode_tokens_per_second": {SPEED: share}}
         floor = NoiseFloor(EPYC, "cpu", 2, 5, "GPTQ", "2026-11-26", spreads)
         assert Judge(floors=NoiseFloors({floor.key: floor})).p_value(*bare) == expected
+
+
+def test_times_told_apart_by_intervals_of_one_run_say_that_no_noise_floor_stood_behind_them():
+    metric = "time_per_output_token_ms"
+    one, (other, time) = arm(record("gptq", 4), metric, SPEED), arm(record("awq", 4), metric, SPEED)
+    low, high = time.interval
+    far = (other, replace(time, value=2 * time.value, interval=(time.value + low, time.value + high)))
+    floor = NoiseFloor(EPYC, "cpu", 2, 5, "GPTQ", "2026-11-26", {metric: {SPEED: 0.01}})
+    known, unknown = Judge(floors=NoiseFloors({floor.key: floor})), Judge()
+    assert known.p_value(one, far) == unknown.p_value(one, far) < 0.05
+    assert known.tests == {"intervals"}
+    assert unknown.tests == {"intervals of one run each (no noise floor of this machine)"}
