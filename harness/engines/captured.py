@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,6 +211,9 @@ class CapturedSteps:
         if made is None:
             self.state = "plain steps: layers with windows of their own change shape"
             return None
+        if self._refusal is not None:
+            self.state = f"plain steps: no static cache ({self._refusal})"
+            return None
         cache, held = made
         token = torch.zeros(rows, width, dtype=torch.long, device=module.device)
         mask = torch.ones(rows, longest, dtype=torch.long, device=module.device) if padded else None
@@ -222,26 +225,39 @@ class CapturedSteps:
             reader = torch.compile(module, backend=compiler, dynamic=False, options=options)
 
         def step() -> Tensor:
-            answer = self._engine.advance(token, cache, width, mask, held, reader).argmax(-1)
+            answer = self._engine.advance(token, cache, keep=width, mask=mask, held=held, reader=reader).argmax(-1)
             held.add_(width)
             return answer
 
         self.state = self.name(module.device, compiler)
-        graph = module.device.type in GRAPHS_ON
-        warm_up = min(WARM_UP_STEPS, (longest - 1) // width)
+        if module.device.type not in GRAPHS_ON:
+            return _Slot(cache, held, token, mask, step)
         try:
-            # models that add to the mask of attention themselves expect it without empty places: two tokens show it
-            self._engine.advance(token.new_zeros(rows, min(2, longest)), cache, mask=mask, held=held)
-            cache.reset()
-            return _Slot(cache, held, token, mask, _capture(step, warm_up) if graph else step)
+            return _Slot(cache, held, token, mask, _capture(step, min(WARM_UP_STEPS, (longest - 1) // width)))
         except torch.OutOfMemoryError:
             if not padded:
                 raise  # plain steps would need as much
             self.state = "plain steps: a cache for the longest answers of all rows does not fit"
             return None  # plain ones leave out rows that have ended
         except RuntimeError as error:
-            self.state = f"plain steps: no {'CUDA graph' if graph else 'static cache'} ({str(error).splitlines()[0]})"
+            self.state = f"plain steps: no CUDA graph ({str(error).splitlines()[0]})"
             return None
+
+    @cached_property
+    def _refusal(self) -> str | None:
+        """Why this model cannot read a cache with empty places; None where it can.
+
+        A model that adds to the mask of attention itself (ALiBi) makes it as long as the text. One token would not
+        show that: a mask of one place fits any number.
+        """
+        cache, held = static_cache(self._engine.module, 4)
+        try:
+            self._engine.advance(torch.zeros(1, 2, dtype=torch.long, device=held.device), cache, held=held)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return None
 
 
 def static_cache(module: PreTrainedModel, longest: int) -> tuple[Cache, Tensor] | None:
