@@ -186,7 +186,7 @@ class Judge:
             test = f"{100 * floor:.0f} % of {of}"
             load = _foreign_load(max(ours, theirs, key=lambda m: m.value)) if ours.metric == "compress_seconds" else 0
             if load:  # the longer one may have taken 1 + load times as long as it would alone
-                floor, test = 1 - (1 - floor) / (1 + load), f"{test}, more beside other processes"
+                floor, test = 1 - (1 - floor) / (1 + load), f"{test} (more beside other processes)"
         if not floor or abs(ours.value - theirs.value) > floor * max(abs(ours.value), abs(theirs.value)):
             return False
         self.tests.add(test)
