@@ -519,10 +519,15 @@ def _measure(
 
 
 def _forget_other_versions(kept: Path, made_with: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Forget what probes kept that ran with other packages or wrote for another schema: a record is of one of each."""
+    """Forget what probes kept that ran with other packages or wrote for another schema: a record is of one of each.
+
+    Without a word on versions nothing is trusted either: forgetting may have been cut short after that word was gone.
+    """
     file = kept / VERSIONS
     now = {key: made_with[key] for key in ("versions", "engine_versions") if key in made_with} | {"schema": SCHEMA}
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) == now:
+        return
+    if kept.exists() and any(kept.iterdir()):
         say("  what was measured before is of other versions of packages or of this harness, and measured again")
         shutil.rmtree(kept)
     write_json_atomically(now, file)

@@ -80,6 +80,27 @@ def test_what_was_kept_by_other_versions_is_measured_again(tmp_path, monkeypatch
     assert not left_of("2.13")
 
 
+def test_the_word_on_versions_is_written_once_and_nothing_is_trusted_without_it(tmp_path):
+    """Going on rewrites no finished file; forgetting that was killed half-way is made whole, whatever went first."""
+    kept, said = tmp_path / "kept", []
+
+    def go_on() -> None:
+        run._forget_other_versions(kept, {"versions": {"torch": "2.13"}}, said.append)
+
+    kept.mkdir()  # all that a run leaves which was killed before its first file
+    go_on()
+    before = (kept / run.VERSIONS).stat()
+    go_on()
+    after = (kept / run.VERSIONS).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not said
+    (kept / "0-Perplexity.json").write_text("[]")
+    (kept / run.VERSIONS).unlink()
+    go_on()
+    assert len(said) == 1
+    assert [path.name for path in kept.iterdir()] == [run.VERSIONS]
+
+
 def test_a_torn_record_is_named_and_not_overwritten(config, tmp_path):
     wanted = run.identity(config)
     path = run.record_path(wanted, run.digest_of(wanted), paths(tmp_path))
