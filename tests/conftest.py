@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import zlib
 from pathlib import Path
 
 os.environ |= {
@@ -13,6 +15,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +93,26 @@ def trained(trained_folder) -> LanguageModel:
 @pytest.fixture
 def bench(generated_corpus, tmp_path) -> Bench:
     return Bench(generated_corpus, torch.Generator().manual_seed(0), tmp_path, NoProgress())
+
+
+def _seed(name: str) -> None:
+    seed = zlib.crc32(name.encode()) + int(os.environ.get("HARNESS_TEST_SEED", "0"))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Fixtures that many tests share draw the same numbers whichever test asks first."""
+    if fixturedef.scope != "function":
+        _seed(fixturedef.argname)
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers(request: pytest.FixtureRequest) -> None:
+    """What a test draws does not depend on the tests before it: processes share them out anew each time."""
+    _seed(request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)
