@@ -204,7 +204,7 @@ def test_a_gguf_file_with_any_bytes_changed_is_read_or_refused_in_no_time(gguf, 
         path.write_bytes(edited(gguf, *torn))
         started = time.monotonic()
         read_or_refused(path, read, RunError)
-        assert time.monotonic() - started < 30  # a torn header must not be read for hours; a busy machine is slow
+        assert time.monotonic() - started < 5
 
     path.write_bytes(gguf)
     check_gguf(path)

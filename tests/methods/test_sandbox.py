@@ -16,7 +16,6 @@ from methods.distillation.sandbox import LAYERS, Outcome, Sandbox, kernel_layers
 KERNEL = kernel_layers()
 pytestmark = pytest.mark.skipif(not KERNEL, reason="this kernel isolates no process")
 BOX = Sandbox(cpu_seconds=1, wall_seconds=8)
-SLACK = 10  # seconds: a busy machine starts and ends processes late
 OPEN = Sandbox(kernel_required=False)
 
 
@@ -104,7 +103,7 @@ def test_limits_end_a_program(program, kinds):
     outcome = BOX.run(program)
     assert outcome.kind in kinds, outcome
     assert len(outcome.error) <= 600
-    assert time.monotonic() - started < BOX.wall_seconds + SLACK
+    assert time.monotonic() - started < BOX.wall_seconds + 1
 
 
 def test_the_wall_clock_ends_what_uses_no_cpu():
@@ -113,7 +112,7 @@ def test_the_wall_clock_ends_what_uses_no_cpu():
     started = time.monotonic()
     outcome = execute("import time\ntime.sleep(60)", box, ())
     assert outcome.kind == "time"
-    assert time.monotonic() - started < box.wall_seconds + SLACK
+    assert time.monotonic() - started < 5
 
 
 @needs_filter
@@ -223,7 +222,7 @@ def test_a_flood_of_output_is_cut():
     outcome = execute("import posix\nwhile True: posix.write(1, b'x' * 65536)", box, ())
     assert outcome.kind in ("killed", "time")
     assert outcome.value is None
-    assert time.monotonic() - started < box.wall_seconds + SLACK
+    assert time.monotonic() - started < 8
 
 
 def test_an_answer_cannot_be_forged_by_a_second_line():
