@@ -10,7 +10,7 @@ TABLES := 1 2 3 4
 .PHONY: tables $(TABLES:%=table-%) wandb-sync wandb-report resolve audit constraints clean
 
 help:
-	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (about eleven minutes on 2 cores)"
+	@echo "make demo        compress SmolLM2-135M four ways, measure, print the table (seven to eleven minutes on 2 cores)"
 	@echo "make test        the fast tests: no network, no GPU"
 	@echo "make test-real   the tests on the real model"
 	@echo "make test-browser  the tests of the report in Chromium"
